@@ -1,0 +1,40 @@
+"""Every exception tierkv raises. A miss is a value, not an exception; what is here is a mistake or a broken promise.
+
+Messages say what was given, what was expected and what to do. Nothing else of tierkv may be imported here.
+"""
+
+
+class TierKVError(Exception):
+    """Root of all errors of tierkv: the command line prints it as one line and exits non-zero."""
+
+
+class ConfigError(TierKVError):
+    """A configuration that cannot work: wrong key, type, size or combination. Raised at start, never later."""
+
+
+class TokensError(TierKVError):
+    """Tokens of a form or range that has no KV: not integers, not one-dimensional, outside int32."""
+
+
+class LayoutError(TierKVError):
+    """Blocks of another shape, dtype or size than the store holds."""
+
+
+class TierError(TierKVError):
+    """A tier cannot be opened or used at all. A single failed transfer is not an error: it is a miss."""
+
+
+class TierBusy(TierError):
+    """Another process owns what this tier needs: a folder, a port."""
+
+
+class CodecError(TierKVError):
+    """Bytes at rest that are not what their header says. Tiers turn it into a counted miss."""
+
+
+class RequestError(TierKVError):
+    """A request the engine cannot serve: empty prompt, prompt past the context, impossible sampling."""
+
+
+class ModelError(TierKVError):
+    """A model that cannot be loaded or cannot run on paged attention."""

@@ -1,0 +1,145 @@
+"""Counters, gauges and latency histograms of one store, and their Prometheus text. One dataclass; nothing global.
+
+A counter is a mapping from label values to a number; incrementing is safe from any thread and costs well under 1 µs.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from threading import Lock
+from typing import Any, Final
+
+LATENCY_BOUNDS_S: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class Counter:
+    """A number per combination of label values; only ever rises."""
+
+    kind = "counter"
+
+    def __init__(self, help: str, *labels: str) -> None:
+        self.help, self.labels = help, labels
+        self._values: dict[tuple[str, ...], float] = {}
+        self._lock = Lock()
+
+    def add(self, amount: float, *values: str) -> None:
+        """Add to the counter of these label values."""
+        with self._lock:
+            self._values[values] = self._values.get(values, 0) + amount
+
+    def value(self, *values: str) -> float:
+        """The counter of these label values; of all whose first labels these are, when some are left out."""
+        with self._lock:
+            return sum(number for key, number in self._values.items() if key[: len(values)] == values)
+
+    def samples(self) -> Iterator[tuple[str, tuple[tuple[str, str], ...], float]]:
+        """Suffix, labels and value of every series."""
+        with self._lock:
+            snapshot = sorted(self._values.items())
+        for key, number in snapshot:
+            yield "", tuple(zip(self.labels, key, strict=True)), number
+
+
+class Gauge:
+    """A number per combination of label values, read from its owner when asked."""
+
+    kind = "gauge"
+
+    def __init__(self, help: str, *labels: str) -> None:
+        self.help, self.labels = help, labels
+        self._reads: dict[tuple[str, ...], Callable[[], float]] = {}
+
+    def read_from(self, read: Callable[[], float], *values: str) -> None:
+        """Take the value of these labels from `read`, which must be thread-safe and cheap."""
+        self._reads[values] = read
+
+    def value(self, *values: str) -> float:
+        """The value now."""
+        return self._reads[values]()
+
+    def samples(self) -> Iterator[tuple[str, tuple[tuple[str, str], ...], float]]:
+        """Suffix, labels and value of every series."""
+        for key, read in sorted(self._reads.items()):
+            yield "", tuple(zip(self.labels, key, strict=True)), read()
+
+
+class Histogram:
+    """Seconds, in buckets of LATENCY_BOUNDS_S."""
+
+    kind = "histogram"
+
+    def __init__(self, help: str, *labels: str) -> None:
+        self.help, self.labels = help, labels
+        self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}
+        self._lock = Lock()
+
+    def observe(self, seconds: float, *values: str) -> None:
+        """Count one duration."""
+        with self._lock:
+            counts, total = self._series.setdefault(values, ([0] * (len(LATENCY_BOUNDS_S) + 1), [0.0]))
+            counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
+            total[0] += seconds
+
+    def count(self, *values: str) -> int:
+        """Durations counted under these label values."""
+        with self._lock:
+            counts, _ = self._series.get(values, ([0], [0.0]))
+            return sum(counts)
+
+    def samples(self) -> Iterator[tuple[str, tuple[tuple[str, str], ...], float]]:
+        """Suffix, labels and value of every series."""
+        with self._lock:
+            snapshot = [(key, list(counts), total[0]) for key, (counts, total) in sorted(self._series.items())]
+        for key, counts, total in snapshot:
+            labels = tuple(zip(self.labels, key, strict=True))
+            running = 0
+            for bound, count in zip((*map(str, LATENCY_BOUNDS_S), "+Inf"), counts, strict=True):
+                running += count
+                yield "_bucket", (*labels, ("le", bound)), running
+            yield "_sum", labels, total
+            yield "_count", labels, running
+
+
+def _metric(kind: type[Any], help: str, *labels: str) -> Any:
+    return field(default_factory=lambda: kind(help, *labels))
+
+
+@dataclass(slots=True)
+class Metrics:
+    """Everything tierkv counts. A field's name is its Prometheus name, after `tierkv_`."""
+
+    blocks_used: Gauge = _metric(Gauge, "Blocks a tier holds", "tier")
+    blocks_capacity: Gauge = _metric(Gauge, "Blocks a tier can hold", "tier")
+    queue_depth: Gauge = _metric(Gauge, "Transfers waiting", "queue")
+    blocks_evicted: Counter = _metric(Counter, "Blocks forgotten for room", "tier")
+    blocks_lost: Counter = _metric(Counter, "Evicted blocks that no other tier of this store holds", "tier")
+    blocks_spilled: Counter = _metric(Counter, "Blocks copied down", "source", "target")
+    blocks_loaded: Counter = _metric(Counter, "Blocks copied towards the device", "tier")
+    bytes_read: Counter = _metric(Counter, "Payload bytes read", "tier")
+    bytes_written: Counter = _metric(Counter, "Payload bytes written", "tier")
+    tokens_hit: Counter = _metric(Counter, "Prompt tokens found", "tier")
+    tokens_missed: Counter = _metric(Counter, "Prompt tokens that were computed")
+    misses: Counter = _metric(Counter, "Blocks that were expected and did not come", "tier", "reason")
+    saves_dropped: Counter = _metric(Counter, "Blocks not saved", "tier", "reason")
+    corrupt_blocks: Counter = _metric(Counter, "Copies found bad and removed", "tier")
+    tier_down: Counter = _metric(Counter, "Times a tier was taken out of use for a while", "tier")
+    load_seconds: Histogram = _metric(Histogram, "Time of a batch read", "tier")
+    save_seconds: Histogram = _metric(Histogram, "Time of a batch write", "tier")
+    ttft_seconds: Histogram = _metric(Histogram, "Time to first token, queueing included")
+    tpot_seconds: Histogram = _metric(Histogram, "Mean time per output token after the first, per request")
+
+    def prometheus(self) -> str:
+        """All metrics in the Prometheus text exposition format, version 0.0.4."""
+        lines = []
+        for entry in fields(self):
+            metric = getattr(self, entry.name)
+            name = f"tierkv_{entry.name}" + ("_total" if metric.kind == "counter" else "")
+            lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}"]
+            for suffix, labels, value in metric.samples():
+                text = ",".join(f'{label}="{_escape(of)}"' for label, of in labels)
+                lines.append(f"{name}{suffix}{{{text}}} {value:g}" if text else f"{name}{suffix} {value:g}")
+        return "\n".join(lines) + "\n"
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

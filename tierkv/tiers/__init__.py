@@ -1,0 +1,1 @@
+"""Where blocks live. Tiers never import each other, the index or the store."""

@@ -1,0 +1,96 @@
+"""The two kinds of place a block can be in.
+
+A *slab* (device, host) is memory cut into equal places; the index knows which block is in which place, so nothing is
+hashed on its account. A *tier at rest* (disk, redis, object, daemon) is asked by key and verifies what it returns.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar
+
+from tierkv.keys import Key
+
+
+class Miss(StrEnum):
+    """Why a block that was expected did not come: the label of a counter."""
+
+    ABSENT = "absent"
+    CORRUPT = "corrupt"
+    LAYOUT = "layout"
+    LATE = "late"
+    FAILED = "failed"
+    DOWN = "down"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive blocks of one path: the unit of batched I/O and of disk extents.
+
+    root: the namespace.  parent: key of the block before the first, `root` at depth 0.  depth: number of blocks before
+    the first.  keys: one per block.  tokens: int32-LE ids of all blocks, or empty where a tier does not keep them.
+    """
+
+    root: Key
+    parent: Key
+    depth: int
+    keys: tuple[Key, ...]
+    tokens: bytes = b""
+
+
+class Tier(ABC):
+    """Blocks at rest, by key. Blocking, thread-safe, batched: lists in, a list of the same length and order out.
+
+    A key is whole or absent. Whatever goes wrong with one block (absent, torn, corrupt, late) is False for that block
+    and a count in `metrics`, never an exception; a copy found bad is removed. `TierError` is for what ends the tier.
+    """
+
+    name: ClassVar[str]
+    shared: ClassVar[bool] = False
+    """Others write too: presence is asked for, not remembered."""
+
+    @abstractmethod
+    def contains(self, keys: Sequence[Key]) -> list[bool]:
+        """Tell which keys a `read` would probably find. No payload moves."""
+
+    @abstractmethod
+    def read(self, keys: Sequence[Key], outs: Sequence[memoryview], *, deadline_s: float | None = None) -> list[bool]:
+        """Fill `outs[i]` (writable, block_bytes long) with the block of `keys[i]`, verified; False leaves it undefined.
+
+        deadline_s: seconds from now after which whatever has not arrived is False.
+        """
+
+    @abstractmethod
+    def write(self, run: Run, blocks: Sequence[memoryview], *, deadline_s: float | None = None) -> list[bool]:
+        """Keep the blocks of `run`; True: a later `read`, in another process too, finds the whole block.
+
+        The caller leaves `blocks` unchanged until this returns. Writing a key that is present is True and may do nothing.
+        """
+
+    @abstractmethod
+    def delete(self, keys: Sequence[Key]) -> None:
+        """Forget the keys; absent ones are fine."""
+
+    @abstractmethod
+    def scan(self) -> Iterator[Run]:
+        """What survived the last stop, parents before children where known; shared tiers may yield nothing."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish writes under way and let go of files and connections; the tier is unusable after. Idempotent."""
+
+
+class Slab(ABC):
+    """Equal places of memory, numbered from 0; who may use which place is the index's business, not the slab's."""
+
+    num_places: int
+    block_bytes: int
+
+    @abstractmethod
+    def view(self, place: int) -> memoryview:
+        """The bytes of a place, writable; valid until `close`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the memory back. Views must be gone."""
