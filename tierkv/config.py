@@ -1,0 +1,343 @@
+"""Every option of tierkv: its default, its meaning, what it accepts, and where its value came from.
+
+    defaults < a TOML file (--config, $TIERKV_CONFIG, ./tierkv.toml) < $TIERKV_<SECTION>_<KEY> < --set section.key=value
+
+A configuration that cannot work ends here, at start, in one line. This is the only file that reads the environment.
+Standard library only.
+"""
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Final, cast, get_type_hints
+
+from tierkv.errors import ConfigError
+from tierkv.layout import Layout
+from tierkv.values import (
+    FRACTION,
+    NAME,
+    PATH,
+    POWER_OF_TWO,
+    PREFIX,
+    REDIS_URL,
+    SECONDS,
+    SIZE,
+    TEXT,
+    Kind,
+    Text,
+    choice,
+    hide_password,
+    integer,
+    optional,
+    show_size,
+)
+
+DEFAULT_FILE: Final = "tierkv.toml"
+POLICIES: Final = ("lru", "lfu", "cost")
+COPY_DOWNS: Final = ("save", "second_use", "spill")
+CODECS: Final = ("raw", "lz4")
+DTYPES: Final = ("float32", "bfloat16", "float16")
+
+Bytes = int
+Seconds = float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Section:
+    def __post_init__(self) -> None:
+        # Built in Python or by `load`: the same checks, and HostConfig(capacity="2GiB") works.
+        section = type(self).__name__.removesuffix("Config").lower()
+        for option in fields(self):
+            given = getattr(self, option.name)
+            known = OPTIONS[f"{section}.{option.name}"]
+            try:
+                object.__setattr__(self, option.name, known.kind(given))
+            except ValueError:
+                raise ConfigError(f"{known.name} = {given!r}: expected {known.kind.expected}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig(_Section):
+    """What all tiers share."""
+
+    block_tokens: Annotated[int, POWER_OF_TWO, "tokens per block; part of every key"] = 16
+    tenant: Annotated[str, TEXT, "only equal tenants share KV"] = ""
+    secret_file: Annotated[Path | None, optional(PATH), "file whose bytes make keys unguessable to other stores"] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceConfig(_Section):
+    """Pages that the engine attends to."""
+
+    kind: Annotated[str, choice("auto", "cpu", "cuda"), "where pages live; auto is cuda when there is one"] = "auto"
+    capacity: Annotated[Bytes, SIZE, "bytes of pages, used and free"] = 512 * 1024**2
+    policy: Annotated[str, choice(*POLICIES), "what to forget first"] = "lru"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostConfig(_Section):
+    """The slab of host memory that every transfer goes through."""
+
+    capacity: Annotated[Bytes, SIZE, "bytes of the slab"] = 1024**3
+    policy: Annotated[str, choice(*POLICIES), "what to forget first"] = "lru"
+    copy_down: Annotated[str, choice(*COPY_DOWNS), "when blocks come here from the device"] = "save"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskConfig(_Section):
+    """A folder on a local disk; survives restarts, one process at a time."""
+
+    path: Annotated[Path | None, optional(PATH), "folder of the store; off: no disk tier"] = None
+    capacity: Annotated[Bytes, SIZE, "bytes of blocks at most"] = 10 * 1024**3
+    policy: Annotated[str, choice(*POLICIES), "what to forget first"] = "lru"
+    copy_down: Annotated[str, choice(*COPY_DOWNS), "when blocks come here from the host"] = "save"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedisConfig(_Section):
+    """A Redis or Valkey server or cluster that many processes share."""
+
+    url: Annotated[str | None, optional(REDIS_URL), "server or cluster; off: no Redis tier"] = None
+    codec: Annotated[str, choice(*CODECS), "how blocks are packed; lz4 splits byte planes first"] = "raw"
+    ttl_s: Annotated[Seconds | None, optional(SECONDS), "seconds until the server forgets a block; off: never"] = None
+    prefix: Annotated[str, PREFIX, "first part of every Redis key"] = "tierkv"
+    deadline_s: Annotated[Seconds, SECONDS, "seconds for one batch; what is late is a miss"] = 2.0
+    copy_down: Annotated[str, choice(*COPY_DOWNS), "when blocks come here from the host"] = "save"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferConfig(_Section):
+    """How blocks move between tiers."""
+
+    load_deadline_s: Annotated[Seconds, SECONDS, "seconds for a load; what is late is computed again"] = 10.0
+    save_queue_blocks: Annotated[int, integer(1), "blocks that may wait to be saved; more are dropped and counted"] = (
+        4096
+    )
+    load_threads: Annotated[int, integer(1, 64), "threads that read"] = 2
+    save_threads: Annotated[int, integer(1, 64), "threads that write"] = 1
+    spill_watermark: Annotated[float, FRACTION, 'free part of a tier under which copy_down "spill" copies ahead'] = 0.1
+    down_after: Annotated[int, integer(1), "failures in a row that take a tier out of use for a while"] = 3
+    down_s: Annotated[Seconds, SECONDS, "seconds a tier that failed is left alone"] = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig(_Section):
+    """The bundled paged-attention engine."""
+
+    model: Annotated[str | None, optional(NAME), "folder, GGUF file, or smollm2, if not given otherwise"] = None
+    dtype: Annotated[str, choice("auto", *DTYPES), "of weights and KV; auto: the model's"] = "auto"
+    max_batch_tokens: Annotated[int, integer(1), "tokens computed in one step"] = 512
+    max_sequences: Annotated[int, integer(1), "sequences in one step"] = 32
+    max_context: Annotated[int | None, optional(integer(2)), "tokens of prompt and answer; off: the model's own"] = None
+    num_threads: Annotated[int | None, optional(integer(1)), "CPU threads of the model; off: torch's choice"] = None
+    seed: Annotated[int, integer(0), "of requests that bring none"] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All options. Sizes are bytes, durations seconds. Raises ConfigError when options contradict each other."""
+
+    store: StoreConfig = field(default_factory=StoreConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    host: HostConfig = field(default_factory=HostConfig)
+    disk: DiskConfig = field(default_factory=DiskConfig)
+    redis: RedisConfig = field(default_factory=RedisConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        sequences, tokens = self.engine.max_sequences, self.engine.max_batch_tokens
+        if sequences > tokens:
+            raise ConfigError(
+                f"engine.max_sequences = {sequences} is more than engine.max_batch_tokens = {tokens}: "
+                "every sequence of a step needs a token of it; raise max_batch_tokens or lower max_sequences"
+            )
+
+    def check_layout(self, layout: Layout) -> None:
+        """Raise ConfigError when a tier that is on cannot hold one block of `layout`."""
+        tiers = {"device": self.device.capacity, "host": self.host.capacity}
+        if self.disk.path is not None:
+            tiers["disk"] = self.disk.capacity
+        for name, capacity in tiers.items():
+            if capacity < layout.block_bytes:
+                raise ConfigError(
+                    f"{name}.capacity = {show_size(capacity)} is smaller than one block of this model "
+                    f"({layout.block_bytes} bytes for {layout.block_tokens} tokens); give room for many blocks"
+                )
+
+    def secret(self) -> bytes:
+        """Bytes of store.secret_file, b"" without one. Raises ConfigError when it cannot be read or is empty."""
+        path = self.store.secret_file
+        if path is None:
+            return b""
+        try:
+            secret = path.read_bytes().strip()
+        except OSError as error:
+            raise ConfigError(f"store.secret_file = {str(path)!r}: {error.strerror}; give a readable file") from None
+        if not secret:
+            raise ConfigError(
+                f"store.secret_file = {str(path)!r} is empty; write a secret of 16 random bytes or more into it"
+            )
+        return secret
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option: `name` is `section.key`; `default` as in the dataclasses."""
+
+    name: str
+    default: object
+    kind: Kind
+    help: str
+
+    @property
+    def variable(self) -> str:
+        """Its environment variable."""
+        return "TIERKV_" + self.name.replace(".", "_").upper()
+
+
+_SECTIONS: Final[Mapping[str, type[_Section]]] = get_type_hints(Config)
+OPTIONS: Final = {
+    f"{section}.{option.name}": Option(f"{section}.{option.name}", option.default, *hints[option.name].__metadata__)
+    for section, of in _SECTIONS.items()
+    for hints in [get_type_hints(of, include_extras=True)]
+    for option in fields(of)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A configuration and, for every option, where its value came from."""
+
+    config: Config
+    origins: Mapping[str, str]
+
+    def show(self, name: str) -> str | int | float | None:
+        """The value of `section.key`, as a person may see it: sizes with units, no password."""
+        section, key = name.split(".")
+        value = getattr(getattr(self.config, section), key)
+        if key == "capacity":
+            return show_size(value)
+        if isinstance(value, str | Path):
+            return hide_password(str(value)) if key == "url" else str(value)
+        return cast(int | float | None, value)
+
+
+def load(
+    path: Path | str | None = None, environ: Mapping[str, str] = os.environ, overrides: Sequence[str] = ()
+) -> Loaded:
+    """Read the configuration. `overrides` are `section.key=value`, the strongest source.
+
+    Raises ConfigError: one line with the place, what was given, what was expected, what to do.
+    """
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(OPTIONS, "default")
+
+    def take(place: str, name: str, given: object, base: Path | None = None) -> None:
+        option = OPTIONS[name]
+        try:
+            value = option.kind(given)
+        except ValueError:
+            shown = hide_password(json.dumps(given, default=str, ensure_ascii=False)[:80])
+            raise ConfigError(f"{place}: {name} = {shown}: expected {option.kind.expected}") from None
+        values[name] = base / value if base is not None and isinstance(value, Path) else value
+        origins[name] = place
+
+    file = _find(path, environ)
+    if file is not None:
+        for place, name, given in _read(file):
+            # A relative path in a file is relative to the file, as with other tools' project files.
+            take(place, name, given, file.parent)
+    for option in OPTIONS.values():
+        if environ.get(option.variable):  # an empty variable is one that is not set
+            take(f"${option.variable}", option.name, Text(environ[option.variable]))
+    _refuse_unknown(environ)
+    for text in overrides:
+        name, equals, given = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: expected section.key=value, such as host.capacity=2GiB")
+        if name not in OPTIONS:
+            raise ConfigError(f"--set {text}: there is no option {name}{_near(name)}")
+        take(f"--set {name}", name, Text(given))
+    built: dict[str, Any] = {}
+    for section, of in _SECTIONS.items():
+        given = {name.removeprefix(f"{section}."): values[name] for name in values if name.startswith(f"{section}.")}
+        built[section] = of(**given)
+    try:
+        return Loaded(Config(**built), origins)
+    except ConfigError as error:
+        places = [f"{name}: {origins[name]}" for name in OPTIONS if name in str(error)]
+        raise ConfigError(f"{error} ({', '.join(places)})") from None
+
+
+def _find(path: Path | str | None, environ: Mapping[str, str]) -> Path | None:
+    if path is not None:
+        return Path(path)
+    if environ.get("TIERKV_CONFIG"):
+        return Path(environ["TIERKV_CONFIG"])
+    return Path(DEFAULT_FILE) if Path(DEFAULT_FILE).exists() else None
+
+
+def _read(file: Path) -> Iterator[tuple[str, str, object]]:
+    """Place, name and value of every option in a file."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        sections = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}; give --config or $TIERKV_CONFIG a readable TOML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            f'{file}: not valid TOML: {error}; expected lines such as capacity = "2GiB" under [host]'
+        ) from None
+    lines = _lines(text)
+    known = list(_SECTIONS)
+    for section, body in sections.items():
+        place = f"{file}:{lines[section]}" if section in lines else str(file)
+        if section not in known:
+            near = _near(section, [*known, *OPTIONS])
+            raise ConfigError(f"{place}: there is no section {section}{near}; sections are {', '.join(known)}")
+        if not isinstance(body, dict):
+            raise ConfigError(
+                f"{place}: {section} is not a section: write [{section}] on a line of its own and its options below"
+            )
+        for key, given in body.items():
+            name = f"{section}.{key}"
+            place = f"{file}:{lines[name]}" if name in lines else str(file)
+            if name not in OPTIONS:
+                raise ConfigError(f"{place}: there is no option {name}{_near(name)}")
+            yield place, name, given
+
+
+def _lines(text: str) -> dict[str, int]:
+    """Line of each section and option; tomllib does not tell. Only errors and `tierkv config` depend on it."""
+    found: dict[str, int] = {}
+    section = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\s*([\w.-]+)\s*\]", line):
+            section = f"{header[1]}."
+            found.setdefault(header[1], number)
+        elif key := re.match(r"\s*([\w.-]+)\s*=", line):
+            found.setdefault(section + key[1], number)
+    return found
+
+
+def _refuse_unknown(environ: Mapping[str, str]) -> None:
+    known = {option.variable for option in OPTIONS.values()} | {"TIERKV_CONFIG"}
+    # Kubernetes puts TIERKV_SERVICE_* and TIERKV_PORT* into every pod beside a service of the name tierkv.
+    ours = (name for name in environ if re.match(r"TIERKV_(?!SERVICE_|PORT(_|$))", name))
+    for name in sorted(set(ours) - known):
+        raise ConfigError(f"${name}: there is no such option{_near(name, sorted(known))}; correct or unset it")
+
+
+def _near(name: str, known: Sequence[str] = tuple(OPTIONS)) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not near:  # the right key of another section, or of none
+        near = [option for option in known if option.split(".")[-1] == name.split(".")[-1]][:1]
+    return f"; did you mean {near[0]}?" if near else "; see `tierkv config` for all options"

@@ -1,0 +1,170 @@
+"""Kinds of configuration values: what a TOML file, a variable or a flag may give, and what becomes of it.
+
+Standard library only; knows no option.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+_UNITS: Final = (
+    {"B": 1}
+    | {f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}
+    | {f"{p}iB": 1024**n for n, p in enumerate("KMGT", 1)}
+)
+_UNIT_OF: Final = {unit.lower(): factor for unit, factor in _UNITS.items()}
+_OFF: Final = ("off", "none")
+REDIS_SCHEMES: Final = ("redis", "rediss", "redis+cluster", "rediss+cluster", "unix")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What an option accepts. Calling it gives the value, or raises ValueError."""
+
+    expected: str
+    parse: Callable[[object], Any]
+    optional: bool = False
+
+    def __call__(self, given: object) -> Any:
+        """The value of what a source gives."""
+        if self.optional and (given is None or (isinstance(given, str) and given.lower() in _OFF)):
+            return None
+        return self.parse(given)
+
+
+def optional(kind: Kind) -> Kind:
+    """The same, or absent: TOML has no null, so "off" says it in every source."""
+    return Kind(f'{kind.expected}, or "off"', kind.parse, optional=True)
+
+
+def _number(given: object, read: Callable[[str], Any], accepts: type | tuple[type, ...]) -> Any:
+    if isinstance(given, Text):
+        return read(given)
+    if isinstance(given, bool) or not isinstance(given, accepts):
+        raise ValueError
+    return given
+
+
+class Text(str):
+    """A value from a variable or a flag, where numbers arrive as text."""
+
+    __slots__ = ()
+
+
+def integer(low: int, high: int | None = None) -> Kind:
+    """An integer in [low, high]."""
+
+    def parse(given: object) -> int:
+        value = int(_number(given, int, int))
+        if value < low or (high is not None and value > high):
+            raise ValueError
+        return value
+
+    return Kind(f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}", parse)
+
+
+def _block_tokens(given: object) -> int:
+    value = int(_number(given, int, int))
+    if not 1 <= value <= 1024 or value & (value - 1):  # attention kernels tile a block by powers of two
+        raise ValueError
+    return value
+
+
+def _seconds(given: object) -> float:
+    value = float(_number(given, float, (int, float)))
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def _fraction(given: object) -> float:
+    value = float(_number(given, float, (int, float)))
+    if not 0 < value < 1:
+        raise ValueError
+    return value
+
+
+def parse_size(given: object) -> int:
+    """Bytes of `2147483648`, `"2GiB"`, `"1.5 GB"`; case of the unit does not matter. Raises ValueError."""
+    if isinstance(given, str):
+        match = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?)\s*([a-z]*)", given.strip().lower())
+        if not match or (match[2] or "b") not in _UNIT_OF:
+            raise ValueError
+        size = Decimal(match[1]) * _UNIT_OF[match[2] or "b"]
+        if size > 2**63:  # more than any machine addresses, and a guard for the conversion
+            raise ValueError
+        given = int(size)
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise ValueError
+    return given
+
+
+def show_size(size: int) -> str:
+    """The shortest exact form of a size: `2GiB`, `1536KiB`, `1000001B`."""
+    return min((f"{size // f}{unit}" for unit, f in _UNITS.items() if size % f == 0), key=len)
+
+
+def _text(given: object) -> str:
+    if not isinstance(given, str):
+        raise ValueError
+    return str(given)
+
+
+def _named(given: object) -> str:
+    if not isinstance(given, str) or not given.strip():
+        raise ValueError
+    return str(given)
+
+
+def _prefix(given: object) -> str:
+    if not isinstance(given, str) or not re.fullmatch(r"[A-Za-z0-9._:-]+", given):
+        raise ValueError
+    return str(given)
+
+
+def _path(given: object) -> Path:
+    if isinstance(given, Path):
+        return given
+    if "\0" in (text := _named(given)):
+        raise ValueError
+    return Path(text).expanduser()
+
+
+def _redis_url(given: object) -> str:
+    url = _named(given)
+    parts = urlsplit(url)  # ValueError on brackets that do not match
+    if parts.scheme not in REDIS_SCHEMES or not (parts.netloc or parts.path):
+        raise ValueError
+    return url
+
+
+def hide_password(text: str) -> str:
+    """A URL as a person may see it."""
+    text = re.sub(r"(://[^/:@\s]*:)[^/\s]*@", r"\1***@", text)
+    return re.sub(r"([?&]password=)[^&\s\"]*", r"\1***", text)
+
+
+def choice(*names: str) -> Kind:
+    """One of `names`."""
+
+    def parse(given: object) -> str:
+        if given not in names:
+            raise ValueError
+        return str(given)
+
+    return Kind(f"one of {', '.join(names)}", parse)
+
+
+SIZE = Kind('a size of at least one byte, such as 536870912, "512MiB" or "2GB"', parse_size)
+SECONDS = Kind("a positive number of seconds", _seconds)
+FRACTION = Kind("a fraction between 0 and 1", _fraction)
+POWER_OF_TWO = Kind("a power of two from 1 to 1024", _block_tokens)
+TEXT = Kind("a string", _text)
+NAME = Kind("a string that is not empty", _named)
+PREFIX = Kind("letters, digits and . _ : -", _prefix)
+PATH = Kind("a path", _path)
+REDIS_URL = Kind(f"a URL that begins with {', '.join(f'{s}://' for s in REDIS_SCHEMES)}", _redis_url)
