@@ -13,7 +13,14 @@ def main(arguments: list[str]) -> int:
     options = [word for word in arguments if word not in names]
     suites = [str(HERE / f"bench_{name}.py") for name in names] or sorted(map(str, HERE.glob("bench_*.py")))
     # pyproject's options are the tests'; a benchmark is a pytest-benchmark suite with its own.
-    base = ["-q", "-p", "no:cacheprovider", "--benchmark-enable", "--benchmark-disable-gc", "--benchmark-columns=median,iqr,rounds"]
+    base = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-enable",
+        "--benchmark-disable-gc",
+        "--benchmark-columns=median,iqr,rounds",
+    ]
     return int(pytest.main([*base, *suites, *options]))
 
 

@@ -35,7 +35,9 @@ def test_keys(versus: Any) -> None:
 
 @pytest.mark.parametrize("form", ["bytes", "int32", "int64", "list"])
 def test_token_bytes(versus: Any, form: str) -> None:
-    tokens = {"bytes": TOKENS.tobytes(), "int32": TOKENS, "int64": TOKENS.astype(np.int64), "list": TOKENS.tolist()}[form]
+    tokens = {"bytes": TOKENS.tobytes(), "int32": TOKENS, "int64": TOKENS.astype(np.int64), "list": TOKENS.tolist()}[
+        form
+    ]
     versus(
         f"131,072 tokens from {form}",
         lambda: token_bytes(tokens),

@@ -89,7 +89,10 @@ def versus(benchmark: Any) -> Iterator[Versus]:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "",
+    )
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
@@ -106,9 +109,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("value against limit, same run")
     width = max(len(row["name"]) for row in ROWS)
     for row in ROWS:
-        terminalreporter.write_line(
-            f"{row['name']:<{width}}  {row['value']:>9.4g} {row['unit']:<6} {row['ratio']:>6.2f} of {row['limit_name']} ({row['limit']:.4g})"
-        )
+        value = f"{row['name']:<{width}}  {row['value']:>9.4g} {row['unit']:<6}"
+        terminalreporter.write_line(f"{value} {row['ratio']:>6.2f} of {row['limit_name']} ({row['limit']:.4g})")
     path = config.getoption("--json")
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)

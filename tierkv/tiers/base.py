@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 from tierkv.keys import Key
 
@@ -22,6 +22,7 @@ class Miss(StrEnum):
     LATE = "late"
     FAILED = "failed"
     DOWN = "down"
+    BUSY = "busy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +95,11 @@ class Slab(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give the memory back. Views must be gone."""
+
+
+class Staging(Protocol):
+    """Host memory that a device copies to and from: all that a device knows of the host tier."""
+
+    rows: Any
+    """[num_places, stride] uint8, numpy; a block is the first `block_bytes` of a row."""
+    stride: int

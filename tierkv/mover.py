@@ -1,0 +1,165 @@
+"""Executes transfers: bounded lanes of worker threads, deadlines for loads, a back-off for tiers that fail.
+
+The only file that starts threads. A lane is a queue measured in blocks: when it is full a job is refused, and the caller drops
+a save (counted) or treats a load as a miss. Jobs are plain callables; what they may touch is settled before they are queued
+(the three steps: reserve, move, commit), so a job that never runs leaves a miss and nothing else.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from threading import Lock
+from typing import TypeVar, cast
+
+from tierkv.metrics import Metrics
+
+T = TypeVar("T")
+Clock = Callable[[], float]
+log = logging.getLogger("tierkv")
+
+
+@dataclass(frozen=True, slots=True)
+class LaneSpec:
+    """Worker threads of a lane and the blocks that may wait in it."""
+
+    threads: int
+    max_blocks: int
+
+
+class _Lane:
+    def __init__(self, name: str, spec: LaneSpec, executor: Executor) -> None:
+        self.name, self.spec, self.executor = name, spec, executor
+        self.blocks = 0
+        self.futures: set[Future[object]] = set()
+
+
+def _threads(name: str, spec: LaneSpec) -> Executor:
+    return ThreadPoolExecutor(max_workers=spec.threads, thread_name_prefix=f"tierkv-{name}")
+
+
+class Mover:
+    """Lanes by name. Thread-safe.
+
+    executor: makes the executor of a lane; tests pass one that runs jobs step by step.
+    """
+
+    def __init__(
+        self,
+        lanes: Mapping[str, LaneSpec],
+        *,
+        metrics: Metrics,
+        executor: Callable[[str, LaneSpec], Executor] = _threads,
+    ) -> None:
+        self._lock = Lock()
+        self._lanes = {name: _Lane(name, spec, executor(name, spec)) for name, spec in lanes.items()}
+        self._closed = False
+        for lane in self._lanes.values():
+            metrics.queue_depth.read_from(lambda lane=lane: float(lane.blocks), lane.name)  # type: ignore[misc]  # default binds the lane
+
+    def submit(self, lane_name: str, job: Callable[[], T], *, blocks: int) -> "Future[T] | None":
+        """Queue a job that moves `blocks` blocks; None when the lane is full or closed.
+
+        A lane takes a job larger than its limit when it is empty: nothing would ever take it otherwise.
+        """
+        lane = self._lanes[lane_name]
+        with self._lock:
+            if self._closed or (lane.blocks and lane.blocks + blocks > lane.spec.max_blocks):
+                return None
+            lane.blocks += blocks
+        future = lane.executor.submit(job)
+        with self._lock:
+            lane.futures.add(cast("Future[object]", future))
+        future.add_done_callback(lambda done: self._finished(lane, done, blocks))
+        return future
+
+    def _finished(self, lane: _Lane, future: "Future[T]", blocks: int) -> None:
+        with self._lock:
+            lane.blocks -= blocks
+            lane.futures.discard(cast("Future[object]", future))
+        # Jobs turn expected failures into misses: an exception that arrives here is a defect, and must be seen.
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            log.error("a %s job failed: %r", lane.name, error, exc_info=error)
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Wait until no lane has work, including work that finishing jobs queue. False: the time was up first."""
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            with self._lock:
+                waiting = {future for lane in self._lanes.values() for future in lane.futures}
+            if not waiting:
+                return True
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            wait(waiting, timeout=left)
+
+    def close(self) -> None:
+        """Refuse new jobs, drop those not begun, wait for those under way. Idempotent."""
+        with self._lock:
+            self._closed = True
+        for lane in self._lanes.values():
+            lane.executor.shutdown(wait=True, cancel_futures=True)
+
+
+class Breaker:
+    """Takes a tier out of use after `failures` failures in a row, for a time that doubles up to a minute.
+
+    Thread-safe; the clock is passed in. One log line and one count each time.
+    """
+
+    def __init__(self, tier: str, *, metrics: Metrics, clock: Clock, failures: int = 3, first_s: float = 1.0) -> None:
+        self._tier, self._metrics, self._clock = tier, metrics, clock
+        self._allowed, self._first_s = failures, first_s
+        self._failed, self._pause_s, self._until = 0, first_s, float("-inf")
+        self._lock = Lock()
+
+    @property
+    def open(self) -> bool:
+        """Leave the tier alone for now?"""
+        return self._clock() < self._until
+
+    def success(self) -> None:
+        """A call went well."""
+        with self._lock:
+            self._failed, self._pause_s = 0, self._first_s
+
+    def failure(self, error: BaseException) -> None:
+        """A call failed as a whole."""
+        with self._lock:
+            self._failed += 1
+            if self._failed < self._allowed:
+                return
+            pause, self._failed = self._pause_s, 0
+            self._until = self._clock() + pause
+            self._pause_s = min(60.0, pause * 2)
+        self._metrics.tier_down.add(1, self._tier)
+        log.warning(
+            "tier %s is left alone for %.0f s after %d failures, the last: %s", self._tier, pause, self._allowed, error
+        )
+
+
+class Gate:
+    """Lets the owner of some memory take it back from a job that is late.
+
+    The job does each short copy into that memory under `enter`; after `shut` it is refused, and `shut` has waited for the copy
+    under way. So a load that misses its deadline can be answered while its tier still hangs.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._open = True
+
+    def enter(self, copy: Callable[[], None]) -> bool:
+        """Run `copy` if the gate is open."""
+        with self._lock:
+            if self._open:
+                copy()
+            return self._open
+
+    def shut(self) -> None:
+        """Refuse copies from now on."""
+        with self._lock:
+            self._open = False
