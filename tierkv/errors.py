@@ -29,7 +29,14 @@ class TierBusy(TierError):
 
 
 class CodecError(TierKVError):
-    """Bytes at rest that are not what their header says. Tiers turn it into a counted miss."""
+    """Bytes at rest that are not what their header says. Tiers turn it into a miss counted under `reason`.
+
+    reason: a value of tiers.base.Miss: "corrupt", or "layout" for a sound object that another configuration wrote.
+    """
+
+    def __init__(self, message: str, *, reason: str = "corrupt") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class RequestError(TierKVError):

@@ -2,7 +2,8 @@
 """Contract suites that every implementation inherits, and the small things their tests share.
 
 A suite is a class of pytest tests with hooks: subclass it in a test file, name the subclass `Test…`, fill in the hooks.
-Shipped, so that tiers, policies and codecs of others can be held to it. Each contract lives in its own class; what is particular to one implementation stays in that one's tests.
+Shipped, so that tiers, policies and codecs of others can be held to it. Each contract lives in its own class; what is
+particular to one implementation stays in that one's tests.
 """
 
 import threading
@@ -13,6 +14,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from tierkv.codecs.base import Codec
+from tierkv.errors import CodecError
 from tierkv.keys import Key, Namespace, chain
 from tierkv.layout import Layout
 from tierkv.metrics import Metrics
@@ -257,3 +260,83 @@ class TierContract:
         for thread in threads:
             thread.join()
         assert wrong == []
+
+
+def floats(dtype: str, count: int, *, seed: int = 0) -> bytes:
+    """Return `count` values like those of KV: Gaussian, in one of the dtypes of a layout."""
+    values = np.random.default_rng(seed).normal(0, 1, count).astype(np.float32)
+    if dtype == "bfloat16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    return values.astype(dtype).tobytes()
+
+
+class CodecContract:
+    """What every lossless codec promises. Hook: `make`."""
+
+    def make(self, itemsize: int) -> Codec:
+        """Return the codec for elements of `itemsize` bytes."""
+        raise NotImplementedError
+
+    def stored(self, codec: Codec, block: bytes) -> bytes | None:
+        """Encode, and check that what is packed is smaller."""
+        stored = codec.encode(memoryview(block))
+        assert stored is None or len(stored) < len(block)
+        return stored
+
+    @pytest.mark.parametrize("itemsize", [1, 2, 4])
+    @pytest.mark.parametrize("length", [4, 8, 64, 5120, 368640])
+    @pytest.mark.parametrize("kind", ["zeros", "random", "ramp"])
+    def test_blocks_come_back_bit_identical(self, itemsize: int, length: int, kind: str) -> None:
+        block = {
+            "zeros": bytes(length),
+            "random": np.random.default_rng(length).bytes(length),
+            "ramp": (np.arange(length) // 97).astype(np.uint8).tobytes(),
+        }[kind]
+        self.round_trip(block, itemsize)
+
+    @pytest.mark.parametrize(("dtype", "itemsize"), [("bfloat16", 2), ("float16", 2), ("float32", 4)])
+    def test_gaussian_floats_come_back_bit_identical(self, dtype: str, itemsize: int) -> None:
+        self.round_trip(floats(dtype, 90000), itemsize)
+
+    def round_trip(self, block: bytes, itemsize: int) -> None:
+        """Encode, and decode into a buffer full of something else."""
+        codec = self.make(itemsize)
+        stored = self.stored(codec, block)
+        if stored is not None:
+            out = bytearray(b"\xa5" * len(block))
+            codec.decode(memoryview(stored), memoryview(out))
+            assert bytes(out) == block
+
+    def test_hostile_bytes_raise_codec_errors_only(self) -> None:
+        """A cut must be seen; a flip may decode to something else, which the checksum before the codec excludes."""
+        codec = self.make(2)
+        good = self.stored(codec, bytes(5000) + floats("bfloat16", 2500))
+        if good is None:
+            return
+        out = memoryview(bytearray(10000))
+        random = np.random.default_rng(7)
+        for cut in [0, 1, 5, 9, 10, len(good) // 2, len(good) - 1]:
+            with pytest.raises(CodecError):
+                codec.decode(memoryview(good)[:cut], out)
+        for _ in range(500):
+            bad = bytearray(good)
+            place = random.integers(12) if random.integers(2) else random.integers(len(bad))
+            bad[place] ^= 1 << int(random.integers(8))
+            self.decode_or_refuse(codec, bytes(bad), out)
+        for _ in range(200):
+            self.decode_or_refuse(codec, random.bytes(int(random.integers(400))), out)
+
+    def decode_or_refuse(self, codec: Codec, stored: bytes, out: memoryview) -> None:
+        """Decode; only CodecError may come of it."""
+        try:
+            codec.decode(memoryview(stored), out)
+        except CodecError:
+            return
+
+    @pytest.mark.parametrize("size", [0, 2, 9998, 10002, 20000])
+    def test_an_out_of_another_size_is_refused(self, size: int) -> None:
+        codec = self.make(2)
+        block = bytes(5000) + floats("bfloat16", 2500)
+        stored = self.stored(codec, block)
+        with pytest.raises(CodecError):
+            codec.decode(memoryview(block if stored is None else stored), memoryview(bytearray(size)))
