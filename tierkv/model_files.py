@@ -86,7 +86,7 @@ def model_config(model: str) -> dict[str, Any]:
 def _gguf_config(path: Path, file: BinaryIO) -> dict[str, Any]:
     try:
         values = _gguf_values(file)
-    except (struct.error, UnicodeDecodeError, KeyError, MemoryError, OverflowError):
+    except (struct.error, UnicodeDecodeError, KeyError, MemoryError, OverflowError, RecursionError):
         raise ModelError(
             f"{path} is a damaged GGUF file: its header ends or changes in the middle; fetch it again"
         ) from None

@@ -28,10 +28,14 @@ _DTYPES: Final = {name: name for name in DTYPE_BYTES} | {
 
 # One meaning, many names: the first that a config has is taken.
 _LAYERS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
-_HEADS: Final = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_HEADS: Final = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads")
 _KV_HEADS: Final = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "kv_n_heads", "n_head_kv")
 _HIDDEN: Final = ("hidden_size", "n_embd", "d_model", "model_dim")
 _HEAD_DIM: Final = ("head_dim", "kv_channels", "attention_head_dim")
+_LAYER_KINDS: Final = ("layer_types", "layers_block_type", "hybrid_override_pattern")
+_SHARED: Final = ("num_kv_shared_layers",)
+_PERIOD: Final = ("attn_layer_period", "full_attention_interval")
+_PATTERNS: Final = ("sliding_window_pattern", "_sliding_window_pattern")
 _WINDOW: Final = ("sliding_window", "attention_window_size", "attention_chunk_size")
 
 _KINDS: Final = {
@@ -149,14 +153,16 @@ def _refuse_other_than_decoders(config: Mapping[str, Any], text: Mapping[str, An
         )
     if model_type in (*_ENCODERS, *_ENCODERS_TOO) and not text.get("is_decoder"):
         raise ModelError(f"model type {model_type}: an encoder keeps no KV between tokens; give a decoder-only model")
-    if not any(key in text for key in (*_LAYERS, "layers_block_type", "hybrid_override_pattern")):
+    if not any(key in text for key in (*_LAYERS, *_LAYER_KINDS)):
         raise ModelError(f"no {_LAYERS[0]} in it: this is not the config of a language model; give its config.json")
 
 
 def _kinds(text: Mapping[str, Any], model_type: str) -> list[str]:
     """`full`, `window` or `state` for every layer with a KV of its own."""
-    named = text.get("layer_types") or text.get("layers_block_type") or text.get("hybrid_override_pattern")
-    if named:
+    named = next((text[key] for key in _LAYER_KINDS if text.get(key)), None)
+    if named is not None:
+        if not isinstance(named, list | str):
+            raise ModelError(f"layer_types = {named!r} in the model's config: expected a list of names")
         unknown = [name for name in named if name not in _KIND_OF]
         if unknown:
             raise ModelError(f"model type {model_type}: layers of type {unknown[0]!r} are not known to tierkv")
@@ -165,24 +171,30 @@ def _kinds(text: Mapping[str, Any], model_type: str) -> list[str]:
         kinds = _kinds_by_rule(text, model_type, _number(text, _LAYERS))
     if _window(text) is None:
         kinds = ["full" if kind == "window" else kind for kind in kinds]
-    crossing = text.get("cross_attention_layers") or ()  # keep the KV of an image, not of tokens
+    crossing = text.get("cross_attention_layers") or []  # keep the KV of an image, not of tokens
+    if not isinstance(crossing, list):
+        raise ModelError(f"cross_attention_layers = {crossing!r} in the model's config: expected a list of layers")
     kinds = [kind for layer, kind in enumerate(kinds) if layer not in crossing]
-    return kinds[: len(kinds) - int(text.get("num_kv_shared_layers") or 0)]  # the last ones read the KV of others
+    # The last layers may read the KV of earlier ones.
+    return kinds[: -_number(text, _SHARED)] if any(text.get(key) for key in _SHARED) else kinds
 
 
 def _kinds_by_rule(text: Mapping[str, Any], model_type: str, num_layers: int) -> list[str]:
-    if period := text.get("attn_layer_period") or text.get("full_attention_interval"):
+    if any(text.get(key) for key in _PERIOD):
+        period = _number(text, _PERIOD)
         offset = text.get("attn_layer_offset", period - 1)
         return ["full" if layer % period == offset else "state" for layer in range(num_layers)]
-    pattern = text.get("sliding_window_pattern") or text.get("_sliding_window_pattern") or _PATTERN.get(model_type)
+    pattern = next((text[key] for key in _PATTERNS if text.get(key)), _PATTERN.get(model_type))
     if isinstance(pattern, str):  # "LLLG", repeated
         return ["full" if pattern[layer % len(pattern)] == "G" else "window" for layer in range(num_layers)]
     if isinstance(pattern, list):  # of a GGUF: one truth value per layer
         return ["window" if pattern[layer % len(pattern)] else "full" for layer in range(num_layers)]
-    if pattern:
-        return ["full" if (layer + 1) % pattern == 0 else "window" for layer in range(num_layers)]
-    if text.get("use_sliding_window") and "max_window_layers" in text:
-        return ["window" if layer >= text["max_window_layers"] else "full" for layer in range(num_layers)]
+    if pattern is not None:
+        every = _number({_PATTERNS[0]: pattern}, _PATTERNS)
+        return ["full" if (layer + 1) % every == 0 else "window" for layer in range(num_layers)]
+    if text.get("use_sliding_window") and text.get("max_window_layers"):
+        whole = _number(text, ("max_window_layers",))
+        return ["window" if layer >= whole else "full" for layer in range(num_layers)]
     return ["window"] * num_layers  # all alike; full when there is no window
 
 
@@ -199,7 +211,10 @@ def _elements(text: Mapping[str, Any], layer: int, kind: str) -> int:
     if any(key in text for key in _HEAD_DIM):
         key_width = _number(text, _HEAD_DIM)
     else:
-        key_width = _number(text, _HIDDEN) // _number(text, _HEADS)
+        hidden, query_heads = _number(text, _HIDDEN), _number(text, _HEADS)
+        if hidden < query_heads:
+            raise ModelError(f"hidden_size = {hidden} in the model's config is less than its {query_heads} heads")
+        key_width = hidden // query_heads
     if kind == "full" and "global_head_dim" in text:
         key_width = _number(text, ("global_head_dim",))
         if text.get("attention_k_eq_v") and "num_global_key_value_heads" in text:
@@ -226,6 +241,7 @@ def _attention(text: Mapping[str, Any]) -> str:
     if text.get("kv_lora_rank"):
         return "MLA"
     heads = next((text[key] for key in _HEADS if key in text), None)
+    heads = heads[0] if isinstance(heads, list) and heads else heads
     kv_heads = _kv_heads(text, 0)
     if kv_heads == 1 and heads != 1:
         return "MQA"
