@@ -16,6 +16,9 @@ class Leaf(Protocol):
     def stamp(self, block: int) -> int:
         """Logical time of the last use of a block of this strand; never rises from root to leaf."""
 
+    def stamp_start(self, block: int) -> int:
+        """The first of the blocks up to `block` that were last used together with it."""
+
 
 class Victim(NamedTuple):
     """Blocks to forget: the last `blocks` of what the strand's `span` allows."""
@@ -43,6 +46,9 @@ class Policy(ABC):
     @abstractmethod
     def offer(self, strand: Leaf) -> None:
         """The strand has a tail this tier may forget. Offering twice is offering once."""
+
+    def forgot(self, strand: Leaf, blocks: int) -> None:  # noqa: B027 -- not every policy learns from it
+        """The last `blocks` of the strand's span go now: `pop` named them. A popped strand may also be offered back whole."""
 
     @abstractmethod
     def withdraw(self, strand: Leaf) -> None:

@@ -1,0 +1,139 @@
+"""Full walks over an index: every invariant, every byte. For tests, `Index.check` and `Index.memory_bytes`; slow."""
+
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Iterable
+
+from tierkv.keys import KEY_BYTES
+from tierkv.lease import BITS, Copy, Lease
+from tierkv.strands import HELD, PENDING, Fork, Holding, Steps, Strand
+from tierkv.tree import Tree
+
+
+def check(tree: Tree, leases: list[Lease] | None, copies: list[Copy]) -> None:
+    """Raise AssertionError unless all that the tree counts and caches is what a full walk finds."""
+    strands = list(tree.strands())
+    assert tree.num_strands == len(strands) == len(set(strands))
+    assert tree.num_blocks == sum(strand.size for strand in strands)
+    for key, root in tree.roots.items():
+        assert bytes(root.keys) == key and root.size == 0 and (root.children or root.holds)
+        assert not any(root.holdings)
+    for strand in strands:
+        _check_strand(tree, strand)
+        for tier, holding in enumerate(strand.holdings):
+            _check_holding(tree, strand, tier, holding)
+    for tier, room in enumerate(tree.rooms):
+        holdings = [holding for strand in strands if (holding := strand.holdings[tier])]
+        assert room.held == sum(holding.count for holding in holdings)
+        assert room.taken >= sum(holding.num_pending for holding in holdings)
+        room.check([place for holding in holdings for place in _places(holding)])
+    if leases is not None:
+        _check_leases(tree, strands, [lease for lease in leases if not lease.released], copies)
+
+
+def _check_strand(tree: Tree, strand: Strand) -> None:
+    size, parent, children = tree.block_bytes, strand.parent, strand.children or {}
+    assert parent and strand.size > 0 and len(strand.tok) == strand.size * size
+    assert strand.at <= parent.size and strand.depth == parent.depth + strand.at
+    assert (strand.at == 0) == (parent.parent is None), "only roots have children at 0"
+    first = bytes(strand.tok[:size])
+    assert parent.child(strand.at, first) is strand
+    assert strand.at == parent.size or parent.tok[strand.at * size : (strand.at + 1) * size] != first, "a path twice"
+    assert strand.stamps.check() == strand.size and strand.stamp(0) <= tree.clock
+    assert parent.parent is None or parent.stamp(strand.at - 1) >= strand.stamp(0), "a stamp rises"
+    assert 0 <= strand.again <= strand.size
+    assert len(strand.keys) % KEY_BYTES == 0 and strand.num_keys <= strand.size
+    digest = bytes(strand.key(-1))
+    for block in range(strand.num_keys):
+        digest = hashlib.sha256(digest + strand.tok[block * size : (block + 1) * size]).digest()
+        assert strand.key(block) == digest, "a wrong key"
+    for at, found in children.items():
+        assert 0 < at <= strand.size
+        if isinstance(found, Fork):
+            assert found.order == sorted(found.by_first) and found.by_first
+            assert all(child.at == at and bytes(child.tok[:size]) == first for first, child in found.by_first.items())
+    tops = [len(holding.state) for holding in strand.holdings if holding]
+    assert strand.size == max([*tops, *(strand.holds or ()), *children]), "a ghost that nothing needs, or a cut too far"
+
+
+def _check_holding(tree: Tree, strand: Strand, tier: int, holding: Holding | None) -> None:
+    hang = Counter(child.at for child in strand.offspring() if (below := child.holdings[tier]) and below.alive)
+    if holding is None:
+        assert not hang
+        return
+    state = holding.state
+    assert holding.alive and len(state) <= strand.size and (not state or state[-1])
+    assert holding.count == state.count(HELD) and holding.num_pending == state.count(PENDING)
+    assert len(state) == holding.count + holding.num_pending + state.count(0)
+    assert (holding.hang or {}) == hang and holding.floor == max(hang, default=0)
+    assert holding.pins is None or (
+        holding.pins and min(holding.pins.values()) > 0 and max(holding.pins) <= strand.size
+    )
+    assert (holding.places is not None) == tree.rooms[tier].placed
+    assert holding.places is None or len(holding.places) == len(state)
+    assert tree.rooms[tier].placed or state.rfind(HELD) < strand.num_keys, "a key that cannot be deleted"
+    lo, hi = strand.span(tier)
+    assert state[lo:hi] == bytes((HELD,)) * (hi - lo)
+    assert lo == hi or lo >= max([*(holding.pins or ()), *hang, 0])
+
+
+def _check_leases(tree: Tree, strands: list[Strand], leases: Iterable[Lease], copies: Iterable[Copy]) -> None:
+    holds: Counter[tuple[int, int]] = Counter()
+    pins: Counter[tuple[int, int, int]] = Counter()
+    pinned: Counter[int] = Counter()
+    for lease in leases:
+        ends = [(lease._strand, lease._end, tier) for tier in BITS[lease._tiers]]
+        holds[id(lease._strand), lease._end] += 1
+        assert lease.num_blocks == lease._strand.depth + lease._end
+        if lease.head:
+            ends.append((lease.head.strand, lease.head.block + 1, lease._head_tier))
+            holds[id(lease.head.strand), lease.head.block + 1] += 1
+        for strand, end, tier in ends:
+            pinned[tier] += strand.depth + end
+            pins[id(strand), end, tier] += bool(strand.parent)
+    for copy in copies:
+        if not copy.done:
+            strand, _, end = copy.segments[-1]
+            holds[id(strand), end] += 1
+            pins[id(strand), end, copy.tier] += 1
+            for part, lo, hi in copy.segments:
+                holding = part.holdings[copy.tier]
+                assert holding and holding.state[lo:hi] == bytes((PENDING,)) * (hi - lo)
+    everyone = [*strands, *tree.roots.values()]
+    found = {(id(strand), end): count for strand in everyone for end, count in (strand.holds or {}).items()}
+    assert found == dict(holds), "grips are not what leases and copies keep"
+    kept = {
+        (id(strand), end, tier): count
+        for strand in strands
+        for tier, holding in enumerate(strand.holdings)
+        for end, count in ((holding and holding.pins) or {}).items()
+    }
+    assert kept == dict(+pins), "pins are not what leases and copies need"
+    assert all(room.pinned == pinned[tier] for tier, room in enumerate(tree.rooms))
+
+
+def _places(holding: Holding) -> list[int]:
+    if holding.places is None:
+        return []
+    return [place for place, state in zip(holding.places, holding.state, strict=True) if state == HELD]
+
+
+def memory_bytes(tree: Tree) -> int:
+    """Bytes of all strands and of what hangs on them: objects with their headers, numbers, dict tables."""
+    seen: set[int] = set()
+    total = 0
+    stack: list[object] = [tree.roots]
+    while stack:
+        thing = stack.pop()
+        if id(thing) in seen or thing is None:
+            continue
+        seen.add(id(thing))
+        total += sys.getsizeof(thing)
+        if isinstance(thing, dict):
+            stack += [*thing.keys(), *thing.values()]
+        elif isinstance(thing, list | tuple):
+            stack += thing
+        elif isinstance(thing, Strand | Holding | Fork | Steps):
+            stack += [getattr(thing, name) for name in thing.__slots__]
+    return total

@@ -1,0 +1,550 @@
+"""Who holds what, who keeps it, and what goes: the one place that decides, under one lock, and never moves a byte.
+
+    match / acquire        how much of a prompt is held; `acquire` keeps it by a lease
+    reserve … extend       room in a slab, written by an engine, then owned by the index
+    begin_copy … commit    room in any tier, filled by a mover from a block that a lease keeps
+    spill, evict, drop     what to copy down next; what to forget
+
+Every public method takes the lock itself and does nothing slow inside: no I/O, no hashing. Whatever happens between two
+steps leaves a miss: a copy that is never committed is a block the tier does not hold. No clock but a count of uses.
+Structure, invariants and costs: strands.py, tree.py; figures: bench/bench_index.py.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from threading import Lock
+
+from tierkv import audit
+from tierkv.keys import Key, chain
+from tierkv.lease import MAX_TIERS, Copy, Head, Lease, Match, Reservation
+from tierkv.strands import Fork, Strand, common
+from tierkv.tiers.base import Run
+from tierkv.tree import Room, TierSpec, Tree
+
+__all__ = ["Copy", "Head", "Index", "IndexStats", "Lease", "Match", "Reservation", "TierSpec", "TierStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """Blocks of one tier. used: held and reserved.  available: at least this many could be reserved now.
+
+    evicted: forgotten for room since the start; lost: those of them that no other tier held.
+    """
+
+    name: str
+    capacity: int
+    used: int
+    held: int
+    available: int
+    evicted: int
+    lost: int
+
+
+@dataclass(frozen=True, slots=True)
+class IndexStats:
+    """Size of the index; num_blocks includes those that no tier holds."""
+
+    tiers: tuple[TierStats, ...]
+    num_strands: int
+    num_blocks: int
+    num_leases: int
+
+
+class Index:
+    """A tree of strands per namespace. Thread-safe; a lease taken in one thread stays good whatever others do.
+
+    Tiers are numbered by position, fastest first, at most 4. Raises ValueError for what no caller may do: giving back a
+    place that was not taken, blocks that are not whole.
+    """
+
+    def __init__(self, *, block_tokens: int, tiers: Sequence[TierSpec]) -> None:
+        if not 1 <= len(tiers) <= MAX_TIERS:
+            raise ValueError(f"{len(tiers)} tiers: an index has 1 to {MAX_TIERS}")
+        self.block_tokens = block_tokens
+        self._tree = Tree(block_tokens=block_tokens, tiers=tiers)
+        self._lock = Lock()
+        self._serial = 0
+        self._live: dict[int, int] = {}  # serial -> leases that may know what was there when it was given out
+        self._limbo: list[tuple[int, Room, list[int]]] = []  # places dropped under leases up to that serial
+
+    # -- finding ---------------------------------------------------------------------------------------------------
+
+    def match(self, root: Key, tokens: bytes) -> Match:
+        """Tell how much is held. Changes nothing, pins nothing."""
+        tree = self._tree
+        with self._lock:
+            start = tree.roots.get(root)
+            if start is None:
+                return Match(0, 0, tree.clock)
+            path = tree.follow(start, 0, tokens)
+            tree.held(path)
+            strand, end = path[-1]
+            num_blocks = strand.depth + end
+            head = self._head(strand, end, tokens)
+            return Match(num_blocks, num_blocks * self.block_tokens + (head.num_tokens if head else 0), tree.clock)
+
+    def acquire(self, root: Key, tokens: bytes) -> Lease:
+        """Find what is held, keep it and count it as used, all at once."""
+        tree = self._tree
+        with self._lock:
+            tree.clock = clock = tree.clock + 1
+            path = tree.follow(tree.root(root), 0, tokens)
+            tiers = tree.held(path)
+            rooms = tree.rooms
+            for strand, end in path:
+                if not end:
+                    continue
+                strand.stamps.cover(end, clock)
+                if strand.again < end:
+                    strand.again = end
+                for tier, holding in enumerate(strand.holdings):
+                    if holding and holding.count:
+                        rooms[tier].policy.record(strand, 0, min(end, len(holding.state)), clock)
+            strand, end = path[-1]
+            self._serial += 1
+            lease = Lease(self, self._serial, root, strand, end, tiers)
+            head = self._head(strand, end, tokens)
+            if head:
+                source = head.strand.tier_of(head.block)
+                assert source is not None
+                lease._take_head(head, source)
+            return lease
+
+    def _head(self, strand: Strand, end: int, tokens: bytes) -> Head | None:
+        """The held block after the path (strand, end) that agrees longest, by a token at least, with the query."""
+        size = self._tree.block_bytes
+        at = (strand.depth + end) * size
+        rest = tokens[at : at + size]
+        best = None
+        if end < strand.size and strand.tier_of(end) is not None:
+            shared = common(bytes(strand.tok[end * size : (end + 1) * size]), rest)
+            if shared:
+                best = Head(strand, end, shared)
+        found = strand.children.get(end) if strand.children else None
+        if found is not None:
+            for child in found.nearest(rest) if isinstance(found, Fork) else (found,):
+                shared = common(bytes(child.tok[:size]), rest)
+                if shared <= (best.num_tokens if best else 0):
+                    break
+                if child.tier_of(0) is not None:
+                    best = Head(child, 0, shared)
+        return best
+
+    # -- adding ----------------------------------------------------------------------------------------------------
+
+    def extend(
+        self,
+        lease: Lease,
+        tokens: bytes,
+        *,
+        tier: int | None = None,
+        places: Sequence[int] | None = None,
+        keys: Sequence[Key] | None = None,
+    ) -> list[bool]:
+        """Let whole blocks follow the lease's path; the path covers them then. One bool per block.
+
+        With `tier`, its reserved `places` (one per block; None where it has none) hold the blocks now: True, the place is
+        the index's; False, the tier holds or expects that block already and the place stays the caller's. Without, they
+        are ghosts until a copy of them is committed, and all False. keys: as far as known; they are believed.
+        """
+        tree = self._tree
+        count, rest = divmod(len(tokens), tree.block_bytes)
+        if rest:
+            raise ValueError(f"{len(tokens)} bytes of tokens: whole blocks of {tree.block_bytes} are expected")
+        if tier is not None and tree.rooms[tier].placed and len(places or ()) != count:
+            raise ValueError(f"{len(places or ())} places for {count} blocks: one each is expected")
+        if not count:
+            return []
+        with self._lock:
+            tree.clock += 1
+            start = lease.num_blocks
+            lease._segments(start, start)
+            path = tree.follow(lease._strand, lease._end, tokens)
+            for strand, end in path:
+                if strand.depth + end > start:
+                    strand.again = max(strand.again, end)
+            strand, end = path[-1]
+            known = strand.depth + end - start
+            if known < count:
+                strand, end = tree.grow(strand, end, tokens[known * tree.block_bytes :])
+            segments = tree.segments(strand, end, start, start + count)
+            for part, lo, hi in segments if keys else ():
+                if part.num_keys == lo:
+                    part.keys += b"".join((keys or ())[part.depth + lo - start : part.depth + hi - start])
+            tree.use(strand, end)
+            if tier is None:
+                tiers = lease._tiers
+                for part, lo, hi in segments:
+                    for source, _, _ in tree.sources(part, lo, hi):
+                        tiers |= 1 << source
+                lease._move(strand, end, tiers)
+                return [False] * count
+            lease._move(strand, end, lease._tiers | 1 << tier)
+            return self._fill(tier, segments, start, count, places)
+
+    def _fill(
+        self, tier: int, segments: list[tuple[Strand, int, int]], start: int, count: int, places: Sequence[int] | None
+    ) -> list[bool]:
+        taken = [False] * count
+        for strand, lo, hi in segments:
+            offset = strand.depth - start
+            holding = strand.holdings[tier]
+            for a, b in list(holding.absent(lo, hi)) if holding else ((lo, hi),):
+                self._tree.hold(strand, a, b, tier, places[offset + a : offset + b] if places is not None else ())
+                taken[offset + a : offset + b] = [True] * (b - a)
+        return taken
+
+    # -- room ------------------------------------------------------------------------------------------------------
+
+    def reserve(self, tier: int, n: int, *, at_least: int | None = None) -> Reservation | None:
+        """Give out room for `n` blocks, or for fewer but `at_least` that many (default: all); None if it cannot.
+
+        Forgets what the policy names until there is room; what was forgotten in vain stays free.
+        """
+        with self._lock:
+            room = self._tree.rooms[tier]
+            victims: list[Key] = []
+            evicted = self._tree.evict(tier, n - room.num_free, victims)
+            count = min(n, room.num_free)
+            if count < (n if at_least is None else at_least):
+                return None
+            return Reservation(tier, count, room.take(count), victims, evicted)
+
+    def free(self, tier: int, places: Sequence[int] = (), *, count: int | None = None) -> None:
+        """Give reserved places back, or `count` blocks of a tier without places."""
+        with self._lock:
+            self._tree.rooms[tier].give_back(places, len(places) if count is None else count)
+
+    def evict(self, tier: int, n: int | None = None) -> Reservation:
+        """Forget up to `n` blocks (None: all that nothing protects). The room is free, not reserved: count is 0."""
+        with self._lock:
+            victims: list[Key] = []
+            evicted = self._tree.evict(tier, self._tree.rooms[tier].held if n is None else n, victims)
+            return Reservation(tier, 0, [], victims, evicted)
+
+    # -- copies ----------------------------------------------------------------------------------------------------
+
+    def begin_copy(self, lease: Lease, tier: int, lo: int, hi: int) -> Copy | None:
+        """Expect in `tier` those of the lease's blocks [lo, hi) that it neither holds nor expects, and that it admits.
+
+        Covers the leading ones that there is room for; None: not one. Until the end of the copy nothing above the blocks
+        is forgotten by `tier`. Hashes the keys first where the tier needs them.
+        """
+        tree = self._tree
+        room = tree.rooms[tier]
+        if not room.placed and lo < hi:
+            lease.keys(hi - 1, hi)
+        with self._lock:
+            wanted = []
+            for strand, a, b in lease._segments(lo, hi):
+                holding = strand.holdings[tier]
+                for first, end in list(holding.absent(a, b)) if holding else ((a, b),):
+                    if room.policy.admit(strand, end - first):
+                        wanted.append((strand, first, end))
+            if not wanted:
+                return None
+            last, _, last_end = wanted[-1]
+            tree.pin(last, last_end, tier)  # or the room might come from the blocks right above
+            victims: list[Key] = []
+            count = sum(b - a for _, a, b in wanted)
+            tree.evict(tier, count - room.num_free, victims)
+            granted = _leading(wanted, min(count, room.num_free))
+            if granted:
+                tree.grip(granted[-1][0], granted[-1][2])
+                tree.pin(granted[-1][0], granted[-1][2], tier)
+            for strand, a, b in granted:
+                tree.expect(strand, a, b, tier)
+            tree.unpin(last, last_end, tier)
+            if not granted:
+                return None
+            blocks = [block for strand, a, b in granted for block in range(strand.depth + a, strand.depth + b)]
+            return Copy(lease, tier, blocks, room.take(len(blocks)), victims, granted)
+
+    def commit_copy(self, copy: Copy, ok: Sequence[bool]) -> None:
+        """End a copy: blocks that are `ok` are held, the others' places free. A copy ends once; later calls do nothing."""
+        if len(ok) != len(copy.blocks):
+            raise ValueError(f"{len(ok)} results for a copy of {len(copy.blocks)} blocks")
+        tree, tier = self._tree, copy.tier
+        with self._lock:
+            if copy.done:
+                return
+            copy.done = True
+            at = 0
+            for strand, lo, hi in copy.segments:
+                for a, b, good in _same(ok[at : at + hi - lo], lo):
+                    places = copy.places[at + a - lo : at + b - lo]
+                    if good:
+                        tree.hold(strand, a, b, tier, places)
+                    else:
+                        tree.forget(strand, a, b, tier)
+                        tree.rooms[tier].give_back(places, b - a)
+                at += hi - lo
+            strand, _, end = copy.segments[-1]
+            tree.unpin(strand, end, tier)
+            tree.loosen(strand, end)
+
+    def abort(self, copy: Copy) -> None:
+        """End a copy of which nothing arrived."""
+        self.commit_copy(copy, [False] * len(copy.blocks))
+
+    def drop(self, tier: int, lease: Lease, blocks: Sequence[int]) -> None:
+        """Forget this tier's copies of some blocks of the lease's path, or of its head: they were found bad or absent.
+
+        The blocks leave the tier at once, pinned or not; pins of other leases still protect what is above. A freed place
+        is given out again only when every lease taken before now is released: a reader may still be at it.
+        """
+        tree = self._tree
+        with self._lock:
+            segments = [
+                part
+                for lo, hi in _ranges(b for b in blocks if b < lease.num_blocks)
+                for part in lease._segments(lo, hi)
+            ]
+            if lease.head and lease.head.strand.depth + lease.head.block in {
+                b for b in blocks if b >= lease.num_blocks
+            }:
+                segments.append((lease.head.strand, lease.head.block, lease.head.block + 1))
+            for strand, lo, hi in segments:
+                while (holding := strand.holdings[tier]) and (first := holding.first(lo, hi)) < hi:
+                    lo = holding.run(first, hi)
+                    places = tree.forget(strand, first, lo, tier)
+                    if places:
+                        self._limbo.append((self._serial, tree.rooms[tier], places))
+                    else:
+                        tree.rooms[tier].give_back((), lo - first)
+
+    def _retire(self, serial: int) -> None:
+        """A lease of this serial has gone: free dropped places that no older lease can know."""
+        left = self._live[serial] - 1
+        if left:
+            self._live[serial] = left
+            return
+        del self._live[serial]
+        if self._limbo:
+            oldest = min(self._live, default=self._serial + 1)
+            for known, room, places in self._limbo:
+                if known < oldest:
+                    room.give_back(places, len(places))
+            self._limbo = [entry for entry in self._limbo if entry[0] >= oldest]
+
+    # -- ahead of need ---------------------------------------------------------------------------------------------
+
+    def spill(self, tier: int, below: int, n: int) -> list[Lease]:
+        """Lease the next blocks, up to `n`, that `tier` would forget and `below` neither holds nor expects.
+
+        Each lease is about its blocks [lo, num_blocks), pinned in `tier`. The order of forgetting stays as it is.
+        """
+        tree = self._tree
+        policy = tree.rooms[tier].policy
+        leases: list[Lease] = []
+        popped = []
+        with self._lock:
+            found: list[tuple[Strand, int, int]] = []
+            while n > 0 and (victim := policy.pop()):
+                assert isinstance(victim.strand, Strand)
+                popped.append(victim.strand)
+                for strand, lo, hi in self._next(victim.strand, victim.blocks, tier, below):
+                    lo = max(lo, hi - n)
+                    n -= hi - lo
+                    found.append((strand, lo, hi))
+                    if n <= 0:
+                        break
+            for strand, lo, hi in found:
+                self._serial += 1
+                leases.append(Lease(self, self._serial, _root(strand), strand, hi, 1 << tier, strand.depth + lo))
+            for strand in popped:
+                tree.offer(strand, tier)
+        return leases
+
+    def _next(self, strand: Strand, blocks: int, tier: int, below: int) -> Iterable[tuple[Strand, int, int]]:
+        """Ranges that are not below yet, last first, of what goes when this victim goes: its tail, and then whatever
+        above it was used last together with it; or else the next part of the strand.
+        """
+        span = strand.span(tier)
+        tail = max(span[0], span[1] - blocks)
+        while span[0] < span[1]:
+            ranges = [(span[0], span[1])]
+            if under := strand.holdings[below]:
+                ranges = list(under.absent(*span))[::-1]
+            if ranges and ranges[0][1] <= tail:
+                lo, hi = ranges[0]
+                tail = max(lo, strand.stamp_start(hi - 1))
+            for lo, hi in ranges:
+                if hi > tail:
+                    yield strand, max(lo, tail), hi
+            parent = strand.parent
+            if tail > 0 or parent is None or not (above := parent.holdings[tier]):
+                return
+            assert above.hang
+            if max(above.hang) != strand.at or above.hang[strand.at] > 1:
+                return
+            span = above.span(floor=max((at for at in above.hang if at != strand.at), default=0))
+            if span[0] == span[1] or parent.stamp(span[1] - 1) != strand.stamp(0):
+                return
+            strand, tail = parent, max(span[0], parent.stamp_start(span[1] - 1))
+
+    # -- starting --------------------------------------------------------------------------------------------------
+
+    def restore(self, tier: int, runs: Iterable[Run]) -> list[Run]:
+        """Take in what a tier without places still holds, in any order; returns what it should delete.
+
+        Those are runs whose keys are not what their parent and tokens say, whose parent is unknown, or that exceed the
+        capacity. Holds the lock throughout: meant for the start.
+        """
+        tree = self._tree
+        if tree.rooms[tier].placed:
+            raise ValueError(f"tier {tree.rooms[tier].name} has places: what they hold does not survive a stop")
+        orphans = []
+        waiting: dict[Key, list[Run]] = {}
+        for run in runs:
+            if run.keys and chain(run.parent, run.tokens, block_tokens=self.block_tokens) == list(run.keys):
+                waiting.setdefault(run.parent, []).append(run)
+            else:
+                orphans.append(run)
+        with self._lock:
+            ends = [(root, tree.root(root), 0) for root in {run.root for runs in waiting.values() for run in runs}]
+            for strand in tree.strands():
+                ends += [(key, strand, at + 1) for at in range(strand.num_keys) if (key := strand.key(at)) in waiting]
+            touched: dict[Strand, None] = {strand: None for _, strand, _ in ends}
+            while ends:
+                parent, strand, end = ends.pop()
+                for run in waiting.pop(parent, ()):
+                    segments, left = self._adopt(tier, strand, end, run)
+                    if left:
+                        orphans.append(left)
+                    for part, lo, hi in segments:
+                        touched[part] = None
+                        for at in range(lo, hi):
+                            key = run.keys[part.depth + at - strand.depth - end]
+                            if key in waiting:
+                                ends.append((key, part, at + 1))
+            for strand in touched:
+                tree.trim(strand)
+                tree.offer(strand, tier)
+        return orphans + [run for runs in waiting.values() for run in runs]
+
+    def _adopt(self, tier: int, strand: Strand, end: int, run: Run) -> tuple[list[tuple[Strand, int, int]], Run | None]:
+        """Put a run after the path (strand, end), as far as there is room; returns its place and what is left."""
+        tree, room, size = self._tree, self._tree.rooms[tier], self._tree.block_bytes
+        start, count = strand.depth + end, len(run.keys)
+        last, last_end = tree.follow(strand, end, run.tokens)[-1]
+        known = last.depth + last_end - start
+        count = min(count, known + room.num_free)
+        if known < count:
+            last, last_end = tree.grow(last, last_end, run.tokens[known * size : count * size])
+        segments = []
+        for part, lo, hi in tree.segments(last, last_end, start, start + count):
+            holding = part.holdings[tier]
+            for a, b in list(holding.absent(lo, hi)) if holding else ((lo, hi),):
+                fits = min(b - a, room.num_free)
+                room.take(fits)
+                if fits:
+                    tree.hold(part, a, a + fits, tier, ())
+                if fits < b - a:
+                    hi = count = a + fits
+                    count += part.depth - start
+                    break
+            part.keys += b"".join(run.keys[part.depth + part.num_keys - start : part.depth + hi - start])
+            segments.append((part, lo, hi))
+            if part.depth + hi - start == count:
+                break
+        if count == len(run.keys):
+            return segments, None
+        parent = run.keys[count - 1] if count else run.parent
+        return segments, Run(run.root, parent, run.depth + count, run.keys[count:], run.tokens[count * size :])
+
+    # -- keys, figures, checks -------------------------------------------------------------------------------------
+
+    def _keys(self, segments: list[tuple[Strand, int, int]], start: int) -> list[Key]:
+        """Keys of the path that `segments` cover from its first block on, without the first `start`."""
+        size = self._tree.block_bytes
+        work = []
+        with self._lock:
+            for strand, _, end in segments:
+                known = strand.num_keys
+                if known < end:
+                    work.append((strand, known, strand.key(known - 1), bytes(strand.tok[known * size : end * size])))
+        if work:
+            hashed: list[tuple[Strand, int, bytes, list[Key]]] = []
+            for strand, known, parent, tokens in work:
+                # A key that is not known yet is the last one hashed: it ends the strand part above.
+                keys = chain(parent or hashed[-1][3][-1], tokens, block_tokens=self.block_tokens)
+                hashed.append((strand, known, tokens, keys))
+            with self._lock:
+                for strand, known, tokens, keys in hashed:
+                    # Another thread may have been here, or the lease was released: never keep keys of other tokens.
+                    if known <= strand.num_keys < known + len(keys) and strand.tok.startswith(tokens, known * size):
+                        strand.keys += b"".join(keys[strand.num_keys - known :])
+        found: list[Key] = []
+        with self._lock:
+            for strand, _, end in segments:
+                found += [strand.key(block) for block in range(max(start - strand.depth, 0), end)]
+        return found
+
+    def stats(self) -> IndexStats:
+        """Count everything, in O(tiers)."""
+        tree = self._tree
+        with self._lock:
+            tiers = tuple(
+                TierStats(
+                    name=room.name,
+                    capacity=room.capacity,
+                    used=room.held + room.taken,
+                    held=room.held,
+                    available=room.num_free + max(room.held - room.pinned, 0),
+                    evicted=room.evicted,
+                    lost=room.lost,
+                )
+                for room in tree.rooms
+            )
+            return IndexStats(tiers, tree.num_strands, tree.num_blocks, sum(self._live.values()))
+
+    def memory_bytes(self) -> int:
+        """Memory of the tree, by asking every object: slow."""
+        with self._lock:
+            return audit.memory_bytes(self._tree)
+
+    def check(self, leases: Iterable[Lease] | None = None, copies: Iterable[Copy] | None = None) -> None:
+        """Raise AssertionError unless every invariant holds; slow.
+
+        leases, copies: all that are live, if known; then pins and grips are compared with them.
+        """
+        with self._lock:
+            audit.check(self._tree, None if leases is None else list(leases), list(copies or ()))
+
+
+def _root(strand: Strand) -> Key:
+    while strand.parent:
+        strand = strand.parent
+    return Key(bytes(strand.keys))
+
+
+def _leading(segments: list[tuple[Strand, int, int]], count: int) -> list[tuple[Strand, int, int]]:
+    """The first `count` blocks of some segments."""
+    leading = []
+    for strand, lo, hi in segments:
+        hi = min(hi, lo + count)
+        if lo < hi:
+            leading.append((strand, lo, hi))
+            count -= hi - lo
+    return leading
+
+
+def _same(ok: Sequence[bool], start: int) -> Iterable[tuple[int, int, bool]]:
+    """Runs of equal results, numbered from `start`."""
+    lo = 0
+    for at in range(1, len(ok) + 1):
+        if at == len(ok) or ok[at] != ok[lo]:
+            yield start + lo, start + at, ok[lo]
+            lo = at
+
+
+def _ranges(blocks: Iterable[int]) -> list[tuple[int, int]]:
+    """Block numbers as ranges."""
+    ranges: list[tuple[int, int]] = []
+    for block in sorted(set(blocks)):
+        if ranges and ranges[-1][1] == block:
+            ranges[-1] = (ranges[-1][0], block + 1)
+        else:
+            ranges.append((block, block + 1))
+    return ranges

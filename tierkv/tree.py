@@ -1,0 +1,445 @@
+"""The tree of strands with its tiers' rooms: everything that spans several strands. Not thread-safe: index.py locks.
+
+Three things keep a block of a strand:
+- in the *tree*: a tier that holds it or expects a copy, a lease whose path covers it, or a descendant. A block that no
+  tier holds is a ghost; it keeps its children findable, and goes once nothing is below it.
+- in a *tier*: a pin at or below it, or anything alive in that tier below it. So each tier forgets leaf first, and a lease
+  protects its whole path by one pin at its end.
+Only changes between nothing and something travel to the parent, so pins and copies cost O(1) on the usual path.
+"""
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tierkv.keys import KEY_BYTES, Key
+from tierkv.layout import TOKEN_BYTES
+from tierkv.policies.base import Policy
+from tierkv.strands import ABSENT, HELD, PENDING, Holding, Strand, agree
+
+FREE, TAKEN, FILLED = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class TierSpec:
+    """A tier as the index knows it.
+
+    placed: blocks sit in numbered places [0, capacity_blocks) that the index gives out (slabs); otherwise they are only
+    counted. policy: an instance of its own.
+    """
+
+    name: str
+    capacity_blocks: int
+    placed: bool
+    policy: Policy
+
+
+class Room:
+    """The places of one tier and who has them: free, taken (reserved, pending) or filled (held)."""
+
+    def __init__(self, spec: TierSpec) -> None:
+        self.name = spec.name
+        self.capacity = spec.capacity_blocks
+        self.policy = spec.policy
+        self.placed = spec.placed
+        self.held = 0
+        self.taken = 0
+        self.pinned = 0  # sum over leases of the blocks each may keep here: an upper bound of what is protected
+        self.evicted = 0
+        self.lost = 0
+        self._free = array("i", range(self.capacity - 1, -1, -1) if spec.placed else ())
+        self._owner = bytearray(self.capacity if spec.placed else 0)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that may be taken now."""
+        return self.capacity - self.held - self.taken
+
+    def take(self, count: int) -> list[int]:
+        """Take `count` of the free places, adjacent ones where possible."""
+        self.taken += count
+        if not self.placed or not count:
+            return []
+        places = self._free[: -count - 1 : -1].tolist()
+        del self._free[-count:]
+        self._set(places, FREE, TAKEN)
+        return places
+
+    def give_back(self, places: Sequence[int], count: int) -> None:
+        """Make taken places free."""
+        if self.placed:
+            self._set(places, TAKEN, FREE)
+            self._free.extend(reversed(places))
+        elif count > self.taken:
+            raise ValueError(f"{count} blocks given back to tier {self.name}: only {self.taken} are taken")
+        self.taken -= count
+
+    def fill(self, places: Sequence[int], count: int) -> None:
+        """Blocks are in the taken places now."""
+        if self.placed:
+            self._set(places, TAKEN, FILLED)
+        elif count > self.taken:
+            raise ValueError(f"{count} blocks put into tier {self.name}: only {self.taken} are reserved")
+        self.taken -= count
+        self.held += count
+
+    def empty(self, places: Sequence[int], count: int) -> None:
+        """Blocks left; the places are taken, not free yet."""
+        if self.placed:
+            self._set(places, FILLED, TAKEN)
+        self.held -= count
+        self.taken += count
+
+    def _set(self, places: Sequence[int], old: int, new: int) -> None:
+        owner = self._owner
+        for place in places:
+            if owner[place] != old:
+                raise ValueError(f"place {place} of tier {self.name} is not {('free', 'reserved', 'in use')[old]}")
+        for place in places:
+            owner[place] = new
+
+    def check(self, filled: list[int]) -> None:
+        """Verify the accounts; filled: the places of all blocks held."""
+        assert min(self.held, self.taken, self.num_free) >= 0, self.name
+        if self.placed:
+            assert len(set(filled)) == len(filled) == self.held == self._owner.count(FILLED), self.name
+            assert all(self._owner[place] == FILLED for place in filled), self.name
+            assert len(self._free) == len(set(self._free)) == self.num_free == self._owner.count(FREE), self.name
+            assert all(self._owner[place] == FREE for place in self._free), self.name
+
+
+class Tree:
+    """Strands by namespace. `num_strands` and `num_blocks` (ghosts included) count them, roots apart."""
+
+    def __init__(self, *, block_tokens: int, tiers: Sequence[TierSpec]) -> None:
+        self.block_bytes = block_tokens * TOKEN_BYTES
+        self.rooms = [Room(spec) for spec in tiers]
+        self.roots: dict[Key, Strand] = {}
+        self.clock = 0
+        self.num_strands = 0
+        self.num_blocks = 0
+
+    # -- finding ---------------------------------------------------------------------------------------------------
+
+    def root(self, key: Key) -> Strand:
+        """The root of a namespace; it goes when nothing hangs on it and no lease is at it."""
+        root = self.roots.get(key)
+        if root is None:
+            root = self.roots[key] = Strand(None, 0, b"", 0, 0, len(self.rooms))
+            root.keys += key
+        return root
+
+    def follow(self, strand: Strand, end: int, query: bytes) -> list[tuple[Strand, int]]:
+        """Strands that `query` passes after the path (strand, end), ghosts too, each with the end of the part used."""
+        path = []
+        block_bytes = self.block_bytes
+        pos, last = 0, len(query) - block_bytes
+        while pos <= last:
+            if end < strand.size:
+                if not end and query.startswith(strand.tok, pos):
+                    count = strand.size
+                else:
+                    count = self._departure(strand, end, query, pos)
+                end += count
+                pos += count * block_bytes
+            child = strand.child(end, query[pos : pos + block_bytes]) if strand.children and pos <= last else None
+            if child is None:
+                break
+            path.append((strand, end))
+            strand, end = child, 0
+        path.append((strand, end))
+        return path
+
+    def _departure(self, strand: Strand, end: int, query: bytes, pos: int) -> int:
+        """Blocks after `end` that agree with the query, which does not take the rest of the strand whole."""
+        block_bytes = self.block_bytes
+        if strand.children and len(strand.children) <= 4:
+            # A rewritten turn: trying the few places where others departed costs one comparison, not log2(blocks).
+            for at in strand.children:
+                here = pos + (at - end) * block_bytes
+                if at > end and strand.child(at, query[here : here + block_bytes]):
+                    with memoryview(strand.tok) as view, view[end * block_bytes : at * block_bytes] as part:
+                        if query.startswith(part, pos):
+                            return at - end
+        return agree(strand.tok, end * block_bytes, query, pos, block_bytes)
+
+    def sources(self, strand: Strand, lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
+        """The fastest tier of each block of [lo, hi), as runs, up to the first block that no tier holds."""
+        holdings = strand.holdings
+        while lo < hi:
+            for tier, holding in enumerate(holdings):
+                end = holding.run(lo, hi) if holding else lo
+                if end > lo:
+                    for faster in holdings[:tier]:
+                        if faster:
+                            end = faster.first(lo, end)
+                    yield tier, lo, end
+                    lo = end
+                    break
+            else:
+                return
+
+    def held(self, path: list[tuple[Strand, int]]) -> int:
+        """Cut `path` after the leading blocks that some tier holds; returns the tiers they come from, as bits."""
+        tiers = 0
+        for number, (strand, end) in enumerate(path):
+            first = strand.holdings[0]
+            if first and first.run(0, end) == end:
+                tiers |= 1
+                continue
+            at = 0
+            for tier, _, hi in self.sources(strand, 0, end):
+                tiers |= 1 << tier
+                at = hi
+            if at < end:
+                del path[number + (1 if at else 0) :]
+                if at:
+                    path[number] = (strand, at)
+                break
+        return tiers
+
+    def segments(self, strand: Strand, end: int, lo: int, hi: int) -> list[tuple[Strand, int, int]]:
+        """Blocks [lo, hi) of the path (strand, end), as ranges of strands."""
+        found = []
+        while hi > lo:
+            depth = strand.depth
+            if hi > depth:
+                found.append((strand, max(lo - depth, 0), min(end, hi - depth)))
+                hi = depth
+            assert strand.parent is not None
+            end, strand = strand.at, strand.parent
+        found.reverse()
+        return found
+
+    def locate(self, strand: Strand, end: int, num_blocks: int) -> tuple[Strand, int]:
+        """The end of the leading `num_blocks` of the path (strand, end)."""
+        while strand.parent and strand.depth >= num_blocks:
+            strand, end = strand.parent, strand.at
+        return strand, min(end, num_blocks - strand.depth)
+
+    # -- growing and trimming --------------------------------------------------------------------------------------
+
+    def grow(self, strand: Strand, end: int, tokens: bytes) -> tuple[Strand, int]:
+        """Add blocks after the path (strand, end), where none agrees; returns the new end."""
+        size = len(tokens) // self.block_bytes
+        self.num_blocks += size
+        if end == strand.size and strand.parent:
+            strand.tok += tokens
+            strand.size += size
+            strand.stamps.grow(strand.size, 0)
+            return strand, strand.size
+        child = Strand(strand, end, tokens, size, 0, len(self.rooms))
+        strand.hang(child, tokens[: self.block_bytes])
+        self.num_strands += 1
+        return child, size
+
+    def use(self, strand: Strand, end: int) -> None:
+        """The path (strand, end) is used now."""
+        clock = self.clock
+        while strand.parent:
+            strand.stamps.cover(end, clock)
+            end, strand = strand.at, strand.parent
+
+    def grip(self, strand: Strand, end: int) -> None:
+        """Keep the path (strand, end) in the tree."""
+        holds = strand.holds
+        if holds is None:
+            strand.holds = {end: 1}
+        else:
+            holds[end] = holds.get(end, 0) + 1
+
+    def loosen(self, strand: Strand, end: int) -> None:
+        """Undo one `grip`."""
+        holds = strand.holds
+        assert holds is not None
+        if holds[end] > 1:
+            holds[end] -= 1
+            return
+        del holds[end]
+        if not holds:
+            strand.holds = None
+        self.trim(strand)
+
+    def trim(self, strand: Strand) -> None:
+        """Take the blocks out of the tree that nothing needs: the tail of this strand, then of its parents."""
+        while strand.parent:
+            size = max((len(holding.state) for holding in strand.holdings if holding), default=0)
+            if size < strand.size:
+                size = max(size, max(strand.holds or (0,)), max(strand.children or (0,)))
+            if size == strand.size:
+                return
+            self.num_blocks -= strand.size - size
+            if size:
+                del strand.tok[size * self.block_bytes :], strand.keys[size * KEY_BYTES :]
+                strand.stamps.cut(size)
+                strand.again = min(strand.again, size)
+                strand.size = size
+                return
+            self.num_strands -= 1
+            strand.parent.unhang(strand, bytes(strand.tok[: self.block_bytes]))
+            strand = strand.parent
+        if not strand.children and not strand.holds:
+            self.roots.pop(Key(bytes(strand.keys)), None)
+
+    # -- what tiers hold -------------------------------------------------------------------------------------------
+
+    def pin(self, strand: Strand, end: int, tier: int) -> None:
+        """Keep what the tier has of the path (strand, end), held or not yet."""
+        if not strand.parent:
+            return
+        holding = self._holding(strand, tier)
+        was_alive = holding.alive
+        pins = holding.pins
+        if pins is None:
+            holding.pins = {end: 1}
+        else:
+            pins[end] = pins.get(end, 0) + 1
+        if not was_alive:
+            self._wake(strand, tier)
+
+    def unpin(self, strand: Strand, end: int, tier: int) -> None:
+        """Undo one `pin`."""
+        if not strand.parent:
+            return
+        holding = strand.holdings[tier]
+        assert holding and holding.pins
+        pins = holding.pins
+        if pins[end] > 1:
+            pins[end] -= 1
+            return
+        del pins[end]
+        if not pins:
+            holding.pins = None
+        self._changed(strand, tier)
+
+    def expect(self, strand: Strand, lo: int, hi: int, tier: int) -> None:
+        """Blocks [lo, hi) are on their way to the tier; the caller has pinned a path that covers them."""
+        self._holding(strand, tier).mark(lo, hi, PENDING)
+
+    def hold(self, strand: Strand, lo: int, hi: int, tier: int, places: Sequence[int]) -> None:
+        """The tier holds blocks [lo, hi), in places taken before; the caller has pinned a path that covers them."""
+        room = self.rooms[tier]
+        room.fill(places, hi - lo)
+        holding = self._holding(strand, tier)
+        was_alive = holding.alive
+        holding.mark(lo, hi, HELD)
+        if holding.places is not None:
+            holding.places[lo:hi] = array("i", places)
+        room.policy.record(strand, lo, hi, self.clock)
+        if not was_alive:
+            self._wake(strand, tier)
+
+    def forget(self, strand: Strand, lo: int, hi: int, tier: int) -> list[int]:
+        """The tier does not hold (or expect) blocks [lo, hi) any more; held ones leave their places taken."""
+        holding = strand.holdings[tier]
+        assert holding
+        held = holding.state[lo] == HELD
+        places = holding.places[lo:hi].tolist() if holding.places is not None and held else []
+        holding.mark(lo, hi, ABSENT)
+        if held:
+            self.rooms[tier].empty(places, hi - lo)
+        self._changed(strand, tier)
+        self.trim(strand)
+        return places
+
+    def evict(self, tier: int, count: int, victims: list[Key]) -> int:
+        """Forget up to `count` blocks in the order of the tier's policy; returns how many.
+
+        Their places are free. Keys of blocks that are not placed are added to `victims`.
+        """
+        room = self.rooms[tier]
+        done = 0
+        while done < count:
+            victim = room.policy.pop()
+            if victim is None:
+                break
+            strand = victim.strand
+            assert isinstance(strand, Strand)
+            lo, hi = strand.span(tier)
+            lo = max(lo, hi - min(victim.blocks, count - done))
+            if lo == hi:
+                continue
+            if not room.placed:
+                victims.extend(strand.key(block) for block in range(lo, hi))
+            room.lost += self._only(strand, lo, hi, tier)
+            room.evicted += hi - lo
+            done += hi - lo
+            room.policy.forgot(strand, hi - lo)
+            room.give_back(self.forget(strand, lo, hi, tier), hi - lo)
+        return done
+
+    def _only(self, strand: Strand, lo: int, hi: int, tier: int) -> int:
+        """How many blocks of [lo, hi) no other tier holds."""
+        others = [holding.state for at, holding in enumerate(strand.holdings) if holding and at != tier]
+        if not others:
+            return hi - lo
+        if len(others) == 1:
+            return hi - lo - others[0].count(HELD, lo, hi)
+        return sum(all(state[at : at + 1] != b"\1" for state in others) for at in range(lo, hi))
+
+    def _holding(self, strand: Strand, tier: int) -> Holding:
+        holding = strand.holdings[tier]
+        if holding is None:
+            holding = strand.holdings[tier] = Holding(placed=self.rooms[tier].placed)
+        return holding
+
+    def _changed(self, strand: Strand, tier: int) -> None:
+        """Something that kept blocks of this strand in the tier has gone."""
+        holding = strand.holdings[tier]
+        assert holding
+        if not holding.alive:
+            self._sleep(strand, tier)
+        elif holding.count:
+            self.offer(strand, tier)
+
+    def offer(self, strand: Strand, tier: int) -> None:
+        """Tell the policy if the strand has something to forget."""
+        lo, hi = strand.span(tier)
+        if lo < hi:
+            self.rooms[tier].policy.offer(strand)
+
+    def _wake(self, strand: Strand, tier: int) -> None:
+        """The strand has become alive in the tier: what is above it must stay."""
+        while strand.parent and strand.parent.parent:
+            parent, at = strand.parent, strand.at
+            holding = self._holding(parent, tier)
+            was_alive = holding.alive
+            if holding.hang is None:
+                holding.hang = {at: 1}
+            else:
+                holding.hang[at] = holding.hang.get(at, 0) + 1
+            holding.floor = max(holding.floor, at)
+            if was_alive:
+                return
+            strand = parent
+
+    def _sleep(self, strand: Strand, tier: int) -> None:
+        """The strand is not alive in the tier any more."""
+        while True:
+            strand.holdings[tier] = None
+            self.rooms[tier].policy.withdraw(strand)
+            parent, at = strand.parent, strand.at
+            if parent is None or not parent.parent:
+                return
+            holding = parent.holdings[tier]
+            assert holding and holding.hang
+            if holding.hang[at] > 1:
+                holding.hang[at] -= 1
+                return
+            del holding.hang[at]
+            if not holding.hang:
+                holding.hang, holding.floor = None, 0
+            elif at == holding.floor:
+                holding.floor = max(holding.hang)
+            if holding.alive:
+                self.offer(parent, tier)
+                return
+            strand = parent
+
+    def strands(self) -> Iterator[Strand]:
+        """Every strand but the roots, parents first."""
+        stack = [child for root in self.roots.values() for child in root.offspring()]
+        while stack:
+            strand = stack.pop()
+            yield strand
+            stack.extend(strand.offspring())
