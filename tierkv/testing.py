@@ -7,9 +7,10 @@ particular to one implementation stays in that one's tests.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -340,3 +341,50 @@ class CodecContract:
         stored = self.stored(codec, block)
         with pytest.raises(CodecError):
             codec.decode(memoryview(block if stored is None else stored), memoryview(bytearray(size)))
+
+
+class StepExecutor(Executor):
+    """Runs jobs when a test says so, in the order it says: a mover without threads, so that every interleaving can be tried."""
+
+    def __init__(self) -> None:
+        self.queue: list[tuple[Future[Any], Callable[[], Any]]] = []
+
+    def submit(self, job: Callable[..., Any], /, *args: Any, **options: Any) -> "Future[Any]":
+        """Queue a job."""
+        future: Future[Any] = Future()
+        self.queue.append((future, lambda: job(*args, **options)))
+        return future
+
+    def step(self, number: int = 0) -> None:
+        """Run one queued job."""
+        future, job = self.queue.pop(number)
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(job())
+            except BaseException as error:  # noqa: BLE001  it is the future's, as with any executor
+                future.set_exception(error)
+
+    def run_all(self) -> None:
+        """Run until nothing is queued."""
+        while self.queue:
+            self.step()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Drop what is queued."""
+        for future, _ in self.queue:
+            future.cancel()
+        self.queue.clear()
+
+
+class FakeClock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += seconds
