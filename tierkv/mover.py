@@ -159,7 +159,8 @@ class Gate:
                 copy()
             return self._open
 
-    def shut(self) -> None:
-        """Refuse copies from now on."""
+    def shut(self) -> bool:
+        """Refuse copies from now on; True for the first who asks."""
         with self._lock:
-            self._open = False
+            was_open, self._open = self._open, False
+            return was_open
