@@ -210,6 +210,11 @@ class Index:
                 return None
             return Reservation(tier, count, room.take(count), victims, evicted)
 
+    def room(self, tier: int) -> tuple[int, int]:
+        """Free blocks of a tier, and all it can hold. Takes no lock: a hint."""
+        room = self._tree.rooms[tier]
+        return room.num_free, room.capacity
+
     def free(self, tier: int, places: Sequence[int] = (), *, count: int | None = None) -> None:
         """Give reserved places back, or `count` blocks of a tier without places."""
         with self._lock:
@@ -329,8 +334,8 @@ class Index:
 
     # -- ahead of need ---------------------------------------------------------------------------------------------
 
-    def spill(self, tier: int, below: int, n: int) -> list[Lease]:
-        """Lease the next blocks, up to `n`, that `tier` would forget and `below` neither holds nor expects.
+    def spill(self, tier: int, below: int | None, n: int) -> list[Lease]:
+        """Lease the next blocks, up to `n`, that `tier` would forget and `below` neither holds nor expects (None: all).
 
         Each lease is about its blocks [lo, num_blocks), pinned in `tier`. The order of forgetting stays as it is.
         """
@@ -356,7 +361,7 @@ class Index:
                 tree.offer(strand, tier)
         return leases
 
-    def _next(self, strand: Strand, blocks: int, tier: int, below: int) -> Iterable[tuple[Strand, int, int]]:
+    def _next(self, strand: Strand, blocks: int, tier: int, below: int | None) -> Iterable[tuple[Strand, int, int]]:
         """Ranges that are not below yet, last first, of what goes when this victim goes: its tail, and then whatever
         above it was used last together with it; or else the next part of the strand.
         """
@@ -364,7 +369,7 @@ class Index:
         tail = max(span[0], span[1] - blocks)
         while span[0] < span[1]:
             ranges = [(span[0], span[1])]
-            if under := strand.holdings[below]:
+            if under := strand.holdings[below] if below is not None else None:
                 ranges = list(under.absent(*span))[::-1]
             if ranges and ranges[0][1] <= tail:
                 lo, hi = ranges[0]

@@ -187,10 +187,23 @@ class Lease:
         with self._index._lock:
             return _joined(self._absent(tier, self._segments(0, self.num_blocks)))
 
-    def second_use(self, tier: int) -> list[tuple[int, int]]:
-        """As `missing`, of the blocks that were used at least twice."""
+    def held(self, tier: int, lo: int, hi: int) -> list[tuple[int, int]]:
+        """Ranges of [lo, hi) that the tier holds now; `places` pins them, or says that they have gone."""
         with self._index._lock:
-            segments = ((strand, lo, min(hi, strand.again)) for strand, lo, hi in self._segments(0, self.num_blocks))
+            found = []
+            for strand, a, b in self._segments(lo, hi):
+                holding, depth = strand.holdings[tier], strand.depth
+                while holding and (first := holding.first(a, b)) < b:
+                    a = holding.run(first, b)
+                    found.append((depth + first, depth + a))
+            return _joined(found)
+
+    def second_use(self, tier: int | None) -> list[tuple[int, int]]:
+        """As `missing`, of the blocks that were used at least twice; with None, whatever tier has them."""
+        with self._index._lock:
+            segments = [(strand, lo, min(hi, strand.again)) for strand, lo, hi in self._segments(0, self.num_blocks)]
+            if tier is None:
+                return _joined([(strand.depth + lo, strand.depth + hi) for strand, lo, hi in segments if lo < hi])
             return _joined(self._absent(tier, segments))
 
     def keys(self, lo: int, hi: int) -> list[Key]:

@@ -38,6 +38,7 @@ class Counter:
     def __init__(self, help: str, *labels: str) -> None:
         self.help, self.labels = help, labels
         self._values: dict[tuple[str, ...], float] = {}
+        self._reads: dict[tuple[str, ...], Callable[[], float]] = {}
         self._lock = Lock()
 
     def add(self, amount: float, *values: str) -> None:
@@ -45,17 +46,26 @@ class Counter:
         with self._lock:
             self._values[values] = self._values.get(values, 0) + amount
 
+    def read_from(self, read: Callable[[], float], *values: str) -> None:
+        """Count also what `read` says: a part that its owner keeps count of. It must be thread-safe and cheap."""
+        with self._lock:
+            self._reads[values] = read
+
     def value(self, *values: str) -> float:
         """The counter of these label values; of all whose first labels these are, when some are left out."""
-        with self._lock:
-            return sum(number for key, number in self._values.items() if key[: len(values)] == values)
+        return sum(number for key, number in self._now().items() if key[: len(values)] == values)
 
     def samples(self) -> Iterator[tuple[str, tuple[tuple[str, str], ...], float]]:
         """Suffix, labels and value of every series."""
-        with self._lock:
-            snapshot = sorted(self._values.items())
-        for key, number in snapshot:
+        for key, number in sorted(self._now().items()):
             yield "", tuple(zip(self.labels, key, strict=True)), number
+
+    def _now(self) -> dict[tuple[str, ...], float]:
+        with self._lock:
+            values, reads = dict(self._values), list(self._reads.items())
+        for key, read in reads:
+            values[key] = values.get(key, 0) + read()
+        return values
 
 
 class Gauge:
@@ -155,8 +165,15 @@ class Metrics:
             lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}"]
             for suffix, labels, value in metric.samples():
                 text = ",".join(f'{label}="{_escape(of)}"' for label, of in labels)
-                lines.append(f"{name}{suffix}{{{text}}} {value:g}" if text else f"{name}{suffix} {value:g}")
+                lines.append(
+                    f"{name}{suffix}{{{text}}} {_number(value)}" if text else f"{name}{suffix} {_number(value)}"
+                )
         return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    """All digits: a counter of bytes passes 2**53 late, but rounds to six digits at once with `g`."""
+    return str(int(value)) if float(value).is_integer() else repr(float(value))
 
 
 def _escape(value: str) -> str:

@@ -1,0 +1,181 @@
+"""The bundled engine's connector: its pages are the store's device tier, so a device hit is a pin and a save is a seal."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from tierkv.connectors.base import Hit, PagedConnector, Progress
+from tierkv.layout import TOKEN_BYTES
+from tierkv.store import Match, Search, Store
+from tierkv.transfers import DEVICE, HOST
+
+
+@dataclass(slots=True)
+class _Tail:
+    """The last, partly filled page of a suspended request: the host place it was copied to, once it has been."""
+
+    num_tokens: int
+    place: "Future[int | None]"
+
+
+@dataclass(slots=True)
+class _Request:
+    search: Search | None = None
+    match: Match | None = None
+    loading: bool = False
+    tail: _Tail | None = None
+
+
+class EngineConnector(PagedConnector):
+    """Requests of one engine over one store. The calls are the engine's scheduler thread's alone."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.pool = store.places.device.pool
+        self._requests: dict[str, _Request] = {}
+        self._counted = self._counts()
+
+    # -- finding and loading ----------------------------------------------------------------------------------------
+
+    def match(self, request: str, tokens: bytes) -> Hit | None:
+        """Find and pin; None while a shared tier is being asked."""
+        state = self._requests.setdefault(request, _Request())
+        if state.match is not None:
+            self._unpin(state)
+        if state.search is None or state.search.tokens != tokens:
+            state.search = self.store.search(tokens)
+        if not state.search.ready:
+            return None
+        match = state.match = self.store.take(state.search)
+        state.search = None
+        self._use_tail(state, match, tokens)
+        return self._hit(match)
+
+    def _use_tail(self, state: _Request, match: Match, tokens: bytes) -> None:
+        """Let a suspended request go on in the middle of its last page, if all before that page is still there."""
+        if state.tail is None:
+            return
+        place = state.tail.place.result() if state.tail.place.done() else None
+        whole, part = divmod(state.tail.num_tokens, self.store.layout.block_tokens)
+        if place is not None and match.lease.num_blocks == whole and len(tokens) >= state.tail.num_tokens * TOKEN_BYTES:
+            match.head_tokens, match.head_place = part, place
+        else:
+            self._drop_tail(state)
+
+    def _hit(self, match: Match) -> Hit:
+        block_tokens = self.store.layout.block_tokens
+        lease, metrics = match.lease, self.store.metrics
+        sources: dict[str, int] = {}
+
+        def add(tier: str, tokens: int) -> None:
+            sources[tier] = sources.get(tier, 0) + tokens
+            metrics.tokens_hit.add(tokens, tier)
+
+        for tier, lo, hi in lease.sources():
+            add(self.store.tier_name(tier), (hi - lo) * block_tokens)
+        if match.source:
+            add(match.source.name, len(match.remote) * block_tokens)
+        head = (HOST, None) if match.head_place is not None else lease.head_source()
+        if match.head_tokens and head:
+            add(self.store.tier_name(head[0]), match.head_tokens)
+        pages: list[int | None] = list(lease.places(DEVICE, 0, match.shared))
+        pages += [None] * (match.num_blocks - match.shared + bool(match.head_tokens))
+        return Hit(match.num_blocks * block_tokens + match.head_tokens, tuple(pages), sources)
+
+    def load(self, request: str, pages: Sequence[int]) -> "Future[int]":
+        """Fill the pages; resolves to usable tokens."""
+        state = self._requests[request]
+        match = state.match
+        assert match is not None, "load follows match"
+        usable: Future[int] = Future()
+        loaded = self.store.load(match, pages)
+        state.loading = True
+
+        def answer(done: "Future[tuple[int, int]]") -> None:
+            blocks, head = done.result()
+            usable.set_result(blocks * self.store.layout.block_tokens + head)
+
+        loaded.add_done_callback(answer)
+        return usable
+
+    # -- keeping ----------------------------------------------------------------------------------------------------
+
+    def save(self, request: str, tokens: bytes, pages: Sequence[int]) -> list[bool]:
+        """Seal full pages."""
+        state = self._requests[request]
+        match = state.match
+        assert match is not None, "save follows match"
+        self._settle(state, match)
+        return self.store.save(match, tokens, pages)
+
+    def _settle(self, state: _Request, match: Match) -> None:
+        if state.loading:
+            self.store.settle(match)
+            self._drop_tail(state)
+            state.loading = False
+
+    def fork(self, request: str, child: str) -> None:
+        """Pin the same blocks for another request."""
+        match = self._requests[request].match
+        if match is not None:
+            twin = Match(match.lease.fork(), match.shared, 0, dirty=match.lease.num_blocks)
+            self._requests[child] = _Request(match=twin)
+
+    def suspend(self, request: str, *, tail: int | None, num_tokens: int) -> "Future[None]":
+        """Move what the request has to the host."""
+        state = self._requests[request]
+        match, done = state.match, Future[None]()
+        if match is None:
+            done.set_result(None)
+            return done
+        self._settle(state, match)
+        kept = self.store.suspend(match, tail=tail)
+        if tail is not None:
+            state.tail = _Tail(num_tokens, kept)
+        self._unpin(state)  # the copy has pins of its own
+        kept.add_done_callback(lambda _: done.set_result(None))
+        return done
+
+    def release(self, request: str) -> None:
+        """Unpin, and forget the request."""
+        state = self._requests.pop(request, None)
+        if state is not None:
+            self._unpin(state)
+            self._drop_tail(state)
+
+    def _unpin(self, state: _Request) -> None:
+        if state.match is not None:
+            self.store.release(state.match)
+            state.match = None
+        state.loading = False
+
+    def _drop_tail(self, state: _Request) -> None:
+        if state.tail is not None:
+            state.tail.place.add_done_callback(self._free_tail)
+            state.tail = None
+
+    def _free_tail(self, place: "Future[int | None]") -> None:
+        kept = None if place.cancelled() or place.exception() else place.result()
+        if kept is not None:
+            self.store.free_host(kept)
+
+    # -- pages ------------------------------------------------------------------------------------------------------
+
+    def allocate(self, num_pages: int) -> list[int] | None:
+        """Private pages."""
+        return self.store.allocate(num_pages)
+
+    def free(self, pages: Sequence[int]) -> None:
+        """Give private pages back."""
+        self.store.free(pages)
+
+    def poll(self) -> Progress:
+        """Answer late loads, and count what has moved since the last call."""
+        self.store.poll()
+        before, now = self._counted, self._counts()
+        self._counted = now
+        return Progress(*(int(new - old) for new, old in zip(now, before, strict=True)))
+
+    def _counts(self) -> tuple[float, float, float]:
+        metrics = self.store.metrics
+        return metrics.blocks_loaded.value(), metrics.blocks_spilled.value(), metrics.misses.value()

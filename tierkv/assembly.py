@@ -1,0 +1,186 @@
+"""Builds a store from a configuration: which tiers there are, how large, and how they hang together."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from tierkv.config import Config
+from tierkv.errors import ConfigError
+from tierkv.keys import Key, Namespace
+from tierkv.layout import Layout
+from tierkv.metrics import Metrics
+
+if TYPE_CHECKING:
+    import torch
+
+    from tierkv.cost import CostModel
+    from tierkv.index import Index
+    from tierkv.mover import Clock, Mover
+    from tierkv.store import Store
+    from tierkv.tiers.disk import DiskTier
+    from tierkv.tiers.redis import RedisTier
+    from tierkv.transfers import Below
+
+PIECE_BYTES = 32 << 20
+"""Moved at a time: enough for full bandwidth from disk and network, little enough that a late load is answered soon."""
+MAX_PIECE_BLOCKS = 64
+
+
+def open_store(
+    config: Config, *, layout: Layout, model: str, device: "torch.device | str" = "cpu", clock: "Clock" = time.monotonic
+) -> "Store":
+    """Open all tiers that `config` names, for blocks of one model.
+
+    model: the identity of the weights, part of every key.  Raises ConfigError or TierError; nothing stays open then.
+    """
+    import torch
+
+    from tierkv.cost import CostModel
+    from tierkv.store import Store
+    from tierkv.tiers.device import page_pool
+    from tierkv.tiers.host import HostSlab
+    from tierkv.transfers import Places
+
+    metrics, transfer, on = Metrics(), config.transfer, torch.device(device)
+    cost = CostModel(block_tokens=layout.block_tokens, block_bytes=layout.block_bytes)
+    num_pages = _blocks("device.capacity", config.device.capacity, layout)
+    num_host = _blocks("host.capacity", config.host.capacity, layout)
+    piece = max(1, min(MAX_PIECE_BLOCKS, PIECE_BYTES // layout.block_bytes))
+    spares: SimpleQueue[list[int]] = SimpleQueue()
+    for at in range(transfer.load_threads):
+        spares.put(list(range(num_host + at * piece, num_host + (at + 1) * piece)))
+    with ExitStack() as opened:  # closes what is open already when a later part refuses
+        num_places = num_host + transfer.load_threads * piece
+        host = HostSlab(num_places=num_places, block_bytes=layout.block_bytes, pinned=on.type == "cuda")
+        opened.callback(host.close)
+        pool = page_pool(layout=layout, num_pages=num_pages, device=on)
+        opened.callback(pool.close)
+        below = []
+        disk = _disk(config, layout, metrics)
+        if disk:
+            opened.callback(disk.close)
+            below.append(_below(config, metrics, clock, disk, number=2))
+        redis = _redis(config, layout, metrics, clock)
+        if redis:
+            opened.callback(redis.close)
+            below.append(_below(config, metrics, clock, redis, number=None))
+        sizes = {"device": num_pages, "host": num_host} | ({"disk": disk.num_slots} if disk else {})
+        index = _index(config, layout, cost, sizes)
+        _observe(metrics, index)
+        mover = _mover(config, metrics, below)
+        opened.callback(mover.close)
+        store = Store(
+            root=_root(config, layout, model),
+            layout=layout,
+            places=Places(index, pool, host, spares, metrics, cost, clock),
+            below=below,
+            mover=mover,
+            host_copy_down=config.host.copy_down,
+            load_deadline_s=transfer.load_deadline_s,
+            spill_watermark=transfer.spill_watermark,
+            piece=piece,
+        )
+        store.recover()
+        opened.pop_all()
+    return store
+
+
+def _blocks(option: str, capacity: int, layout: Layout) -> int:
+    if capacity < layout.block_bytes:
+        raise ConfigError(
+            f"{option} = {capacity}: smaller than one block of this model; "
+            f"give at least {layout.block_bytes} bytes ({layout.block_tokens} tokens)"
+        )
+    return capacity // layout.block_bytes
+
+
+def _root(config: Config, layout: Layout, model: str) -> Key:
+    secret = b""
+    if config.store.secret_file is not None:
+        try:
+            secret = config.store.secret_file.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"store.secret_file: {error}; give a file that this process may read") from error
+    return Namespace(model, layout, tenant=config.store.tenant).root(secret)
+
+
+def _disk(config: Config, layout: Layout, metrics: Metrics) -> "DiskTier | None":
+    if config.disk.path is None:
+        return None
+    from tierkv.tiers.disk import DiskTier
+
+    return DiskTier(config.disk.path, layout=layout, capacity_bytes=config.disk.capacity, metrics=metrics)
+
+
+def _redis(config: Config, layout: Layout, metrics: Metrics, clock: "Clock") -> "RedisTier | None":
+    options = config.redis
+    if options.url is None:
+        return None
+    from tierkv.tiers.redis import RedisTier
+
+    return RedisTier(
+        options.url,
+        layout=layout,
+        metrics=metrics,
+        codec=options.codec,
+        ttl_s=options.ttl_s,
+        prefix=options.prefix,
+        deadline_s=options.deadline_s,
+        down_after=config.transfer.down_after,
+        down_s=config.transfer.down_s,
+        clock=clock,
+    )
+
+
+def _below(
+    config: Config, metrics: Metrics, clock: "Clock", tier: "DiskTier | RedisTier", *, number: int | None
+) -> "Below":
+    from tierkv.mover import Breaker
+    from tierkv.transfers import Below
+
+    transfer = config.transfer
+    breaker = Breaker(tier.name, metrics=metrics, clock=clock, failures=transfer.down_after, first_s=transfer.down_s)
+    return Below(tier, number, getattr(config, tier.name).copy_down, breaker)
+
+
+def _index(config: Config, layout: Layout, cost: "CostModel", sizes: dict[str, int]) -> "Index":
+    from tierkv import policies
+    from tierkv.index import Index, TierSpec
+    from tierkv.transfers import HOST
+
+    specs = []
+    for number, (name, capacity) in enumerate(sizes.items()):
+        after = number + 1 if number + 1 < len(sizes) else None
+        policy = policies.make(getattr(config, name).policy, tier=number, cost=cost, next_tier=after)
+        specs.append(TierSpec(name=name, capacity_blocks=capacity, placed=number <= HOST, policy=policy))
+    return Index(block_tokens=layout.block_tokens, tiers=specs)
+
+
+def _mover(config: Config, metrics: Metrics, below: "list[Below]") -> "Mover":
+    from tierkv.mover import LaneSpec, Mover
+    from tierkv.store import LOAD_LANE, MAX_LOAD_BLOCKS, MAX_PROBES, PROBE_LANE, SAVE_LANE
+
+    transfer = config.transfer
+    lanes = {
+        LOAD_LANE: LaneSpec(transfer.load_threads, MAX_LOAD_BLOCKS),
+        SAVE_LANE: LaneSpec(1, transfer.save_queue_blocks),
+        PROBE_LANE: LaneSpec(1, MAX_PROBES),
+    }
+    for tier in below:
+        lanes[tier.name] = LaneSpec(transfer.save_threads, transfer.save_queue_blocks)
+    return Mover(lanes, metrics=metrics)
+
+
+def _observe(metrics: Metrics, index: "Index") -> None:
+    """Let the metrics of the tiers read the index."""
+
+    def read(number: int, field: str) -> Callable[[], float]:
+        return lambda: float(getattr(index.stats().tiers[number], field))
+
+    for number, tier in enumerate(index.stats().tiers):
+        metrics.blocks_used.read_from(read(number, "used"), tier.name)
+        metrics.blocks_capacity.read_from(read(number, "capacity"), tier.name)
+        metrics.blocks_evicted.read_from(read(number, "evicted"), tier.name)
+        metrics.blocks_lost.read_from(read(number, "lost"), tier.name)

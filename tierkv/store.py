@@ -1,0 +1,376 @@
+"""The façade: find a prefix, bring it to the device, keep what was computed. The only file that knows index and mover.
+
+    search -> take -> load -> settle -> (save …) -> release
+
+One thread (an engine's scheduler) makes these calls; none of them blocks on I/O. What moves, moves on the mover's threads.
+"""
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+from tierkv.index import Index, Lease
+from tierkv.keys import Key, chain
+from tierkv.layout import TOKEN_BYTES, Layout
+from tierkv.metrics import Metrics
+from tierkv.mover import Mover
+from tierkv.tiers.base import Miss
+from tierkv.transfers import DEVICE, HOST, Below, Load, Places, copy_to_host, write_down
+
+log = logging.getLogger("tierkv")
+
+LOAD_LANE: Final = "load"
+SAVE_LANE: Final = "save"
+PROBE_LANE: Final = "probe"
+MAX_LOAD_BLOCKS: Final = 1 << 20
+MAX_PROBES: Final = 1 << 10
+CLOSE_TIMEOUT_S: Final = 30.0
+
+
+@dataclass(slots=True)
+class Match:
+    """What the store holds of some tokens, pinned until `Store.release`.
+
+    shared: leading blocks that lie on the device.  remote: keys of blocks after the lease's last, present in `source`.
+    head_tokens: tokens of the block after these that a known block begins with (reuse finer than a block).
+    head_place: a host place that holds that head and belongs to the caller (a request that was suspended).
+    dirty: blocks from here on were not offered to the tiers below yet.
+    """
+
+    lease: Lease
+    shared: int
+    head_tokens: int
+    source: Below | None = None
+    remote: Sequence[Key] = ()
+    remote_tokens: bytes = b""
+    head_place: int | None = None
+    dirty: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Whole blocks that can be had."""
+        return self.lease.num_blocks + len(self.remote)
+
+
+@dataclass(slots=True)
+class Search:
+    """A look-up under way: `store.take` it once `ready`."""
+
+    tokens: bytes
+    base: int = 0
+    probe: "Future[tuple[Below, list[Key]] | None] | None" = None
+
+    @property
+    def ready(self) -> bool:
+        """Have the shared tiers answered?"""
+        return self.probe is None or self.probe.done()
+
+
+@dataclass(slots=True)
+class _Spill:
+    """One edge that copies ahead of eviction; at most one batch of it is under way."""
+
+    above: int
+    below: Below | None
+    under_way: bool = field(default=False)
+
+
+class Store:
+    """Blocks of one namespace in all tiers. Made by `tierkv.open_store`."""
+
+    def __init__(
+        self,
+        *,
+        root: Key,
+        layout: Layout,
+        places: Places,
+        below: Sequence[Below],
+        mover: Mover,
+        host_copy_down: str,
+        load_deadline_s: float,
+        spill_watermark: float,
+        piece: int,
+    ) -> None:
+        self.root, self.layout, self.places, self.below, self.mover = root, layout, places, below, mover
+        self._host_copy_down = host_copy_down
+        self._load_deadline_s, self._watermark, self._piece = load_deadline_s, spill_watermark, piece
+        self._numbered = {tier.number: tier for tier in below if tier.number is not None}
+        self._shared = [tier for tier in below if tier.number is None]
+        self._expiring: list[Load] = []
+        self._block_bytes = layout.block_tokens * TOKEN_BYTES  # of token ids, not of KV
+        self._spills = [_Spill(DEVICE, None)] if host_copy_down == "spill" else []
+        self._spills += [_Spill(HOST, tier) for tier in below if tier.copy_down == "spill"]
+        self._closed = False
+
+    # -- finding ----------------------------------------------------------------------------------------------------
+
+    def search(self, tokens: bytes) -> Search:
+        """Start to look for the longest known prefix of `tokens` (int32-LE)."""
+        search = Search(tokens)
+        if self._shared:
+            lease = self.index.acquire(self.root, tokens)
+            search.base = lease.num_blocks
+            unknown = len(tokens) // self._block_bytes - search.base
+            if unknown:
+                search.probe = self.mover.submit(PROBE_LANE, partial(self._ask, lease, tokens), blocks=1)
+            if search.probe is None:
+                lease.release()
+        return search
+
+    def _ask(self, lease: Lease, tokens: bytes) -> "tuple[Below, list[Key]] | None":
+        """Keys after the lease's blocks that a shared tier holds: the longest leading run of any of them."""
+        with lease:
+            known = lease.num_blocks
+            parent = lease.keys(known - 1, known)[0] if known else self.root
+        keys = chain(parent, tokens[known * self._block_bytes :], block_tokens=self.layout.block_tokens)
+        best: tuple[Below, list[Key]] | None = None
+        for below in self._shared:
+            ask = partial(below.tier.contains, keys)
+            present = below.attempt(ask, count=len(keys), metrics=self.metrics) or [False]
+            run = present.index(False) if False in present else len(present)
+            if run and (best is None or run > len(best[1])):
+                best = (below, keys[:run])
+        return best
+
+    def take(self, search: Search) -> Match:
+        """Pin what was found; the search must be `ready`. What other requests computed meanwhile counts too."""
+        lease = self.index.acquire(self.root, search.tokens)
+        match = Match(lease, leading(lease), lease.head.num_tokens if lease.head else 0, dirty=lease.num_blocks)
+        found = search.probe.result() if search.probe and search.probe.exception() is None else None
+        if found and search.base + len(found[1]) > lease.num_blocks >= search.base:
+            match.source, keys = found
+            match.remote = keys[lease.num_blocks - search.base :]
+            end = (lease.num_blocks + len(match.remote)) * self._block_bytes
+            match.remote_tokens = search.tokens[lease.num_blocks * self._block_bytes : end]
+            match.head_tokens = 0
+        self._copy_second_use(lease)
+        return match
+
+    # -- bringing to the device -------------------------------------------------------------------------------------
+
+    def allocate(self, num_pages: int) -> list[int] | None:
+        """Private device pages; forgets what the policy says, or returns None when too much is pinned."""
+        if num_pages == 0:
+            return []
+        reservation = self.index.reserve(DEVICE, num_pages)
+        self._copy_ahead()
+        return None if reservation is None else list(reservation.places)
+
+    def free(self, pages: Sequence[int]) -> None:
+        """Give private pages back."""
+        self.index.free(DEVICE, pages)
+
+    def load(self, match: Match, pages: Sequence[int]) -> "Future[tuple[int, int]]":
+        """Fill pages with the blocks of the match that do not lie on the device, then with its head if it has one.
+
+        Resolves to usable blocks (of all) and usable tokens of the head. The pages are the load's until then.
+        """
+        load = Load(
+            places=self.places,
+            lease=match.lease.fork(),
+            first=match.shared,
+            pages=pages,
+            below=self._numbered,
+            deadline=self.places.clock() + self._load_deadline_s,
+            piece=self._piece,
+            head_tokens=match.head_tokens,
+            head_place=match.head_place,
+            source=match.source,
+            remote=match.remote,
+            remote_tokens=match.remote_tokens,
+        )
+        if self.mover.submit(LOAD_LANE, load.run, blocks=max(1, len(pages))) is None:
+            load.refuse()
+        else:
+            self._expiring.append(load)
+        return load.done
+
+    def settle(self, match: Match) -> None:
+        """After a load: keep only the pins of what lies on the device; the pages that were filled are saved like new ones."""
+        match.lease.shrink(match.shared)
+        match.lease.shorten_pins(DEVICE)
+        match.remote, match.dirty = (), match.shared
+
+    def poll(self) -> None:
+        """Answer loads that are late. Call it once per step."""
+        now = self.places.clock()
+        for load in self._expiring:
+            load.expire(now)
+        self._expiring = [load for load in self._expiring if not load.done.done()]
+
+    # -- keeping ----------------------------------------------------------------------------------------------------
+
+    def save(self, match: Match, tokens: bytes, pages: Sequence[int]) -> list[bool]:
+        """Seal full pages under the tokens they hold: `pages[i]` is block i of `tokens`; those sealed before are skipped.
+
+        True: the page is the store's from now on. False: the same block lies in another page already, and the page stays
+        the caller's.
+        """
+        lo = match.lease.num_blocks
+        fresh = tokens[lo * self._block_bytes : len(pages) * self._block_bytes]
+        taken = self.index.extend(match.lease, fresh, tier=DEVICE, places=pages[lo:])
+        if match.lease.num_blocks - match.dirty >= self._piece:
+            self.offer(match)
+        return taken
+
+    def offer(self, match: Match) -> None:
+        """Queue copies of what was saved since the last offer, where `copy_down` is "save"."""
+        lo, match.dirty = match.dirty, match.lease.num_blocks
+        if lo < match.dirty and self._host_copy_down == "save":
+            self._queue_host(match.lease, lo, match.dirty)
+
+    def suspend(self, match: Match, *, tail: int | None) -> "Future[int | None]":
+        """Copy all of the match, and `tail`, a private page, to the host. Resolves to the tail's host place, or None."""
+        lease, mark = match.lease.fork(), self.places.device.mark()
+        future = self.mover.submit(
+            LOAD_LANE, partial(self._run_suspend, lease, tail, mark), blocks=lease.num_blocks + 1
+        )
+        if future is None:
+            lease.release()
+            future = Future()
+            future.set_result(None)
+        return future
+
+    def _run_suspend(self, lease: Lease, tail: int | None, mark: object) -> int | None:
+        with lease:
+            copy_to_host(self.places, lease, 0, lease.num_blocks, mark=mark)
+        reservation = None if tail is None else self.index.reserve(HOST, 1)
+        if tail is None or reservation is None:
+            return None
+        self.places.device.copy_out([tail], self.places.host, reservation.places, after=mark)
+        return reservation.places[0]
+
+    def free_host(self, place: int) -> None:
+        """Give the place of a suspended tail back."""
+        self.index.free(HOST, [place])
+
+    def release(self, match: Match) -> None:
+        """Unpin; what was saved stays until it is forgotten for room."""
+        self.offer(match)
+        match.lease.release()
+
+    # -- copying down -----------------------------------------------------------------------------------------------
+
+    def _queue_host(self, lease: Lease, lo: int, hi: int) -> None:
+        """Copy blocks [lo, hi) to the host, and from there to the tiers that are written through."""
+        own = lease.share(lo, hi, DEVICE)
+        job = partial(self._run_host, own, lo, hi, self.places.device.mark())
+        if self.mover.submit(SAVE_LANE, job, blocks=hi - lo) is None:
+            self.metrics.saves_dropped.add(hi - lo, "host", "queue")
+            own.release()
+
+    def _run_host(self, lease: Lease, lo: int, hi: int, mark: object) -> None:
+        with lease:
+            copy_to_host(self.places, lease, lo, hi, mark=mark)
+            for below in self.below:
+                if below.copy_down == "save":
+                    self._queue_below(below, lease, lo, hi)
+
+    def _queue_below(self, below: Below, lease: Lease, lo: int, hi: int) -> None:
+        """Write blocks [lo, hi), as far as the host holds them, to a tier below it."""
+        reason = "down" if below.breaker.open else "queue"
+        own = lease.share(lo, hi, HOST)
+        job = partial(self._run_below, below, own, lo, hi)
+        future = None if below.breaker.open else self.mover.submit(below.name, job, blocks=hi - lo)
+        if future is None:
+            self.metrics.saves_dropped.add(hi - lo, below.name, reason)
+            own.release()
+
+    def _run_below(self, below: Below, lease: Lease, lo: int, hi: int) -> None:
+        with lease:
+            write_down(self.places, below, lease, lo, hi)
+
+    def _copy_second_use(self, lease: Lease) -> None:
+        if self._host_copy_down == "second_use":
+            for lo, hi in lease.second_use(HOST):
+                self._queue_host(lease, lo, hi)
+        for below in self.below:
+            if below.copy_down == "second_use":
+                for lo, hi in lease.second_use(below.number):
+                    self._queue_below(below, lease, lo, hi)
+
+    def _copy_ahead(self) -> None:
+        """Where `copy_down` is "spill": copy what is forgotten next, once room is short, so that eviction only forgets."""
+        for spill in self._spills:
+            free, capacity = self.index.room(spill.above)
+            if spill.under_way or free > self._watermark * capacity:
+                continue
+            leases = self.index.spill(spill.above, spill.below.number if spill.below else HOST, self._piece)
+            if leases:
+                spill.under_way = True
+                job = partial(self._run_spill, spill, leases, self.places.device.mark())
+                count = sum(lease.num_blocks - lease.lo for lease in leases)
+                if self.mover.submit(SAVE_LANE, job, blocks=count) is None:
+                    self._end_spill(spill, leases)
+
+    def _run_spill(self, spill: _Spill, leases: Sequence[Lease], mark: object) -> None:
+        try:
+            for lease in leases:
+                if spill.below is None:
+                    copy_to_host(self.places, lease, lease.lo, lease.num_blocks, mark=mark)
+                else:
+                    write_down(self.places, spill.below, lease, lease.lo, lease.num_blocks)
+        finally:
+            self._end_spill(spill, leases)
+
+    @staticmethod
+    def _end_spill(spill: _Spill, leases: Sequence[Lease]) -> None:
+        for lease in leases:
+            lease.release()
+        spill.under_way = False
+
+    # -- whole tiers ------------------------------------------------------------------------------------------------
+
+    @property
+    def index(self) -> Index:
+        """Who holds what."""
+        return self.places.index
+
+    @property
+    def metrics(self) -> Metrics:
+        """What is counted."""
+        return self.places.metrics
+
+    def recover(self) -> None:
+        """Take in what the tiers at rest kept since the last stop; what fits nowhere is deleted there."""
+        for number, below in self._numbered.items():
+            orphans = self.index.restore(number, below.tier.scan())
+            keys = [key for run in orphans for key in run.keys]
+            if keys:
+                below.tier.delete(keys)
+                self.metrics.misses.add(len(keys), below.name, Miss.ABSENT)
+                log.warning("%s: %d blocks have no path to them any more and were deleted", below.name, len(keys))
+
+    def tier_name(self, number: int) -> str:
+        """The name of a tier of the index."""
+        return ("device", "host")[number] if number <= HOST else self._numbered[number].name
+
+    def evict_device(self) -> int:
+        """Forget all device pages that no request has pinned; how many. Copies below stay."""
+        return self.index.evict(DEVICE).evicted
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until everything queued has been copied down. False: the time was up first."""
+        return self.mover.drain(timeout_s)
+
+    def close(self) -> None:
+        """Copy down what is queued, then let go of all tiers. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if not self.flush(CLOSE_TIMEOUT_S):
+            log.warning("closed with saves still queued after %.0f s: they are dropped", CLOSE_TIMEOUT_S)
+        self.mover.close()
+        for below in self.below:
+            below.tier.close()
+        self.places.device.close()
+        self.places.host.close()
+
+
+def leading(lease: Lease) -> int:
+    """Blocks of the lease, from the first, that lie on the device."""
+    sources = lease.sources()
+    return sources[0][2] if sources and sources[0][0] == DEVICE else 0
