@@ -1,0 +1,71 @@
+"""What an engine is told at start. Wrong values are a ConfigError here, never a surprise later."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from tierkv.errors import ConfigError
+
+DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+MAX_THREADS: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Options of one engine.
+
+    dtype: of weights, activations and KV; "auto" is the model's own.  device: "cpu", "cuda" or "cuda:N".
+    num_pages, pool_bytes: size of the page pool when the engine owns it, in either unit; 1 GiB when neither is given.
+    max_batch_tokens: tokens computed per step, prefill chunks included.  max_sequences: sequences running at a time.
+    max_context: prompt and output of one request; the model's own limit when None.  seed: of requests that name none.
+    num_threads: of torch, for the whole process; None leaves it.
+    """
+
+    dtype: str = "auto"
+    device: str = "cpu"
+    num_pages: int | None = None
+    pool_bytes: int | None = None
+    block_tokens: int = 16
+    max_batch_tokens: int = 512
+    max_sequences: int = 64
+    max_context: int | None = None
+    seed: int = 0
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"engine dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
+        kind, _, number = str(self.device).partition(":")
+        if kind not in ("cpu", "cuda") or (number and not (kind == "cuda" and number.isdecimal())):
+            raise ConfigError(f"engine device={self.device!r}: must be cpu, cuda or cuda:N")
+        if self.num_pages is not None and self.pool_bytes is not None:
+            raise ConfigError("engine num_pages and pool_bytes are both given: they size the same pool, give one")
+        for name in ("block_tokens", "max_batch_tokens", "max_sequences"):
+            _require(name, getattr(self, name), _at_least_one)
+        for name in ("num_pages", "pool_bytes", "max_context", "num_threads"):
+            if getattr(self, name) is not None:
+                _require(name, getattr(self, name), _at_least_one)
+        if self.num_threads is not None and self.num_threads > MAX_THREADS:
+            raise ConfigError(
+                f"engine num_threads={self.num_threads}: give at most {MAX_THREADS}, the cores you may use"
+            )
+        if not _is_int(self.seed) or not 0 <= self.seed < 1 << 64:
+            raise ConfigError(f"engine seed={self.seed!r}: must be an integer from 0 to 2**64 - 1")
+        if self.max_batch_tokens < self.max_sequences:
+            raise ConfigError(
+                f"engine max_batch_tokens={self.max_batch_tokens}: must be at least max_sequences={self.max_sequences}, "
+                "since every running sequence decodes one token per step"
+            )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _at_least_one(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _require(name: str, value: object, holds: Callable[[object], bool]) -> None:
+    if not holds(value):
+        raise ConfigError(f"engine {name}={value!r}: must be an integer of at least 1")

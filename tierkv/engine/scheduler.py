@@ -1,0 +1,286 @@
+"""Which sequences compute how many tokens in the next step, and which pages they hold. No torch, no model, no text.
+
+Every running sequence decodes one token per step; what is left of the token budget goes to prompts, oldest first, in
+chunks. A prompt gets all its pages when it is admitted, so only decoding can run out of them: then the youngest
+sequence is suspended, and nobody is admitted until somebody has finished, or two requests would evict each other forever.
+"""
+
+from bisect import insort
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from tierkv.connectors.base import Hit, PagedConnector
+from tierkv.engine.pages import PageLedger
+from tierkv.engine.sequence import Sequence, State
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tokens of a sequence to compute in this step, from `num_computed` on."""
+
+    sequence: Sequence
+    num_tokens: int
+
+
+def _rank(sequence: Sequence) -> int:
+    return sequence.arrival
+
+
+class Scheduler:
+    """Queues of one engine. One thread.
+
+    copy_page: copies a page over another before anything else is written to either.
+    """
+
+    def __init__(
+        self,
+        connector: PagedConnector,
+        *,
+        block_tokens: int,
+        max_batch_tokens: int,
+        max_sequences: int,
+        copy_page: Callable[[int, int], None],
+    ) -> None:
+        self._connector, self._copy_page = connector, copy_page
+        self._block_tokens, self._max_batch_tokens, self._max_sequences = block_tokens, max_batch_tokens, max_sequences
+        self.ledger = PageLedger(connector)
+        self._waiting: list[Sequence] = []
+        self._loading: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._moving: list[tuple[Future[Any], Sequence]] = []  # being suspended, or aborted while loading
+        self._admits, self._asks = True, False
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is queued, running or moving."""
+        return not (self._waiting or self._loading or self._running or self._moving)
+
+    @property
+    def is_asking(self) -> bool:
+        """Some sequence was not answered by the connector yet."""
+        return self._asks
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        sequence.state = State.WAITING
+        insort(self._waiting, sequence, key=_rank)
+
+    def schedule(self) -> list[Work]:
+        """Work for one step; empty when nothing can run before a transfer ends."""
+        self.settle()
+        work: dict[Sequence, int] = {}
+        for sequence in [known for known in self._running if known.num_missing == 1]:
+            self._plan(sequence, work)
+        self._admit(self._max_batch_tokens - len(work))
+        for sequence in [known for known in self._running if known not in work]:
+            self._plan(sequence, work)
+        return [Work(sequence, num_tokens) for sequence, num_tokens in work.items()]
+
+    def _plan(self, sequence: Sequence, work: dict[Sequence, int]) -> None:
+        """Put as much of a sequence into `work` as budget and pages allow; may push out younger ones."""
+        num_tokens = min(sequence.num_missing, self._max_batch_tokens - sum(work.values()))
+        if num_tokens > 0 and self._ensure(sequence, num_tokens, work):
+            work[sequence] = num_tokens
+
+    # -- pages ------------------------------------------------------------------------------------------------------
+
+    def _ensure(self, sequence: Sequence, num_tokens: int, work: dict[Sequence, int]) -> bool:
+        """Make the pages of the next tokens exist and be writable; suspend the youngest as long as there are too few."""
+        while sequence.state is State.RUNNING:
+            first, offset = divmod(sequence.num_computed, self._block_tokens)
+            shared = first < len(sequence.pages) and not self.ledger.is_writable(sequence.pages[first])
+            lacking = max(0, self._blocks(sequence.num_computed + num_tokens) - len(sequence.pages))
+            pages = self.ledger.allocate(lacking + shared)
+            if pages is not None:
+                if shared:
+                    target = pages.pop()
+                    if offset:
+                        self._copy_page(sequence.pages[first], target)
+                    self.ledger.drop([sequence.pages[first]])
+                    sequence.pages[first] = target
+                sequence.pages.extend(pages)
+                return True
+            if not self._make_room(work):
+                break
+        return False
+
+    def _make_room(self, work: dict[Sequence, int]) -> bool:
+        """Let go of something; True if it is worth asking for pages again at once."""
+        if self._unpin_waiting():
+            return True
+        if self._moving or (len(self._running) == 1 and self._loading):
+            return False  # pages are on their way back, or will be once what loads can be suspended
+        victim = self._running[-1]
+        if len(self._running) == 1 and not victim.pages:
+            return False
+        work.pop(victim, None)
+        self._suspend(victim)
+        return not self._moving
+
+    def _unpin_waiting(self, but: Sequence | None = None) -> bool:
+        """Let go of hits whose sequences could not be placed; they are matched again. True if there were any."""
+        pinning = [known for known in self._waiting if known.hit is not None and known is not but]
+        for sequence in pinning:
+            self._connector.release(sequence.id)
+            sequence.hit = None
+        return bool(pinning)
+
+    def _blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_tokens)
+
+    def seal(self, sequence: Sequence) -> None:
+        """Offer the blocks that have become full; a page the store takes is shared from now on."""
+        full = sequence.num_computed // self._block_tokens
+        if full <= sequence.num_offered:
+            return
+        pages = sequence.pages[:full]
+        taken = self._connector.save(sequence.id, sequence.tokens[: sequence.num_computed].tobytes(), pages)
+        for page, is_taken in zip(
+            reversed(pages), reversed(taken), strict=False
+        ):  # one answer per new block: the last ones
+            if is_taken:
+                self.ledger.give(page)
+        sequence.num_offered = full
+
+    # -- in -----------------------------------------------------------------------------------------------------------
+
+    def _admit(self, budget: int) -> None:
+        self._admits = self._admits or not (self._running or self._loading or self._moving)
+        self._asks = False
+        for sequence in list(self._waiting):
+            if not self._admits or budget <= 0 or len(self._running) + len(self._loading) >= self._max_sequences:
+                return
+            if sequence.hit is None:
+                sequence.hit = self._connector.match(sequence.id, sequence.tokens[:-1].tobytes())
+            if sequence.hit is None:
+                self._asks = True
+                continue  # a shared tier is being asked; whoever is behind may overtake
+            if not self._place(sequence):
+                if not (self._running or self._loading):
+                    self._unpin_waiting(but=sequence)  # or two that wait could keep each other waiting
+                return
+            budget -= sequence.num_missing if sequence.state is State.RUNNING else 0
+
+    def _place(self, sequence: Sequence) -> bool:
+        """Give a matched sequence its pages and start its load; False when there are too few pages now."""
+        hit = sequence.hit
+        assert hit is not None
+        num_loaded = sum(page is None for page in hit.pages)
+        fresh = self.ledger.allocate(num_loaded + self._blocks(len(sequence.tokens)) - len(hit.pages))
+        if fresh is None:
+            return False
+        self._waiting.remove(sequence)
+        filled, rest = iter(fresh[:num_loaded]), fresh[num_loaded:]
+        sequence.pages = [next(filled) if page is None else page for page in hit.pages] + rest
+        sequence.state = State.LOADING
+        self._loading.append(sequence)
+        sequence.load = self._connector.load(sequence.id, fresh[:num_loaded]) if hit.pages else None
+        if sequence.load is None or sequence.load.done():
+            self._start(sequence)
+        return True
+
+    def _start(self, sequence: Sequence) -> None:
+        """The load is over: run with what it brought."""
+        hit, load = sequence.hit, sequence.load
+        assert hit is not None
+        usable = min(_outcome(load), hit.num_tokens, len(sequence.tokens) - 1) if load else 0
+        kept = self._blocks(usable)
+        if any(page is not None for page in hit.pages[kept:]):  # the store's, and not pinned any more
+            self.ledger.drop(sequence.pages[kept:])
+            del sequence.pages[kept:]
+        sequence.num_computed, sequence.num_offered = usable, 0
+        sequence.hit = sequence.load = None
+        if sequence.request.sources is None:
+            sequence.request.sources = _sources(hit, usable, sequence.request.prompt_tokens)
+        self._loading.remove(sequence)
+        self._run(sequence)
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.state = State.RUNNING
+        insort(self._running, sequence, key=_rank)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let `child`, a copy of `parent`'s tokens, go on from the parent's pages; queue it where that cannot be."""
+        if parent.state is not State.RUNNING or len(self._running) + len(self._loading) >= self._max_sequences:
+            self.add(child)
+            return
+        self.seal(
+            parent
+        )  # what the parent has pinned is pinned for the child, and nothing that both hold is offered later
+        self._connector.fork(parent.id, child.id)
+        child.pages = parent.pages[: self._blocks(parent.num_computed)]
+        self.ledger.share(child.pages)
+        child.num_computed, child.num_offered = parent.num_computed, parent.num_offered
+        self._run(child)
+
+    # -- out ----------------------------------------------------------------------------------------------------------
+
+    def _suspend(self, sequence: Sequence) -> None:
+        self.seal(sequence)
+        self._running.remove(sequence)
+        self._admits = False
+        sequence.request.preemptions += 1
+        sequence.state = State.SUSPENDED
+        last, offset = divmod(sequence.num_computed, self._block_tokens)
+        tail = sequence.pages[last] if offset and sequence.pages[last] in self.ledger else None
+        self._moving.append(
+            (self._connector.suspend(sequence.id, tail=tail, num_tokens=sequence.num_computed), sequence)
+        )
+        self.settle()
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out of whatever queue it is in; its pages go back, at once or when nothing moves them."""
+        self._admits = True
+        if sequence.state is State.LOADING and sequence.load is not None:
+            self._loading.remove(sequence)
+            self._moving.append((sequence.load, sequence))
+        for queue in (self._waiting, self._loading, self._running):
+            if sequence in queue:
+                queue.remove(sequence)
+        sequence.state = State.FINISHED
+        if not any(sequence is moving for _, moving in self._moving):
+            self._let_go(sequence)
+        self.settle()
+
+    def _let_go(self, sequence: Sequence) -> None:
+        self.ledger.drop(sequence.pages)
+        sequence.pages = []
+        sequence.num_computed = sequence.num_offered = 0
+        sequence.hit = sequence.load = None
+        if sequence.state is State.FINISHED:
+            self._connector.release(sequence.id)
+
+    # -- transfers ----------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Take up the transfers that have ended."""
+        if self._moving:
+            ended = [sequence for future, sequence in self._moving if future.done()]
+            self._moving = [(future, sequence) for future, sequence in self._moving if not future.done()]
+            for sequence in ended:
+                self._let_go(sequence)
+                if sequence.state is State.SUSPENDED:
+                    self.add(sequence)
+        for sequence in [known for known in self._loading if known.load is not None and known.load.done()]:
+            self._start(sequence)
+
+    def transfers(self) -> list["Future[Any]"]:
+        """What an engine without work waits for."""
+        loads = [sequence.load for sequence in self._loading if sequence.load is not None]
+        return [*loads, *(future for future, _ in self._moving)]
+
+
+def _outcome(load: "Future[int]") -> int:
+    """Tokens a load brought; a connector that breaks its promise never to raise brought none."""
+    return 0 if load.cancelled() or load.exception() is not None else load.result()
+
+
+def _sources(hit: Hit, usable: int, prompt_tokens: int) -> dict[str, int]:
+    """Prompt tokens by source. What a load did not bring is taken off the last tiers of the hit: the far ones fail."""
+    sources, left = {}, usable
+    for tier, num_tokens in hit.sources.items():
+        sources[tier] = min(num_tokens, left)
+        left -= sources[tier]
+    return {tier: count for tier, count in sources.items() if count} | {"computed": prompt_tokens - usable}
