@@ -184,6 +184,8 @@ class DiskTier(Tier):
                 self._metrics.saves_dropped.add(len(blocks), self.name, "down")
                 return saved
             began = time.perf_counter()
+            if self._doomed:
+                self._drop(())
             below = self._full_from if self._clock() < self._full_until else self.num_slots
             reserved = self._slots.reserve(run.keys, below=below)
             for position in reserved.present:

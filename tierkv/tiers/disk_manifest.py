@@ -24,6 +24,8 @@ PAGE_BYTES: Final = 4096
 WAL_BYTES: Final = 1 << 20
 BATCH: Final = 256
 _FIXED_PAGES: Final = 16
+_BUSY_S: Final = 0.25
+"""How long a reader of the manifest, such as an inspection, may hold up a checkpoint."""
 _DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH)
 
 _SCHEMA: Final = """
@@ -107,7 +109,7 @@ class Manifest:
         self._roots: dict[Key, int] = {}
 
     def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=2.0)
+        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=_BUSY_S)
         try:
             connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
             connection.execute("PRAGMA journal_mode = WAL")
