@@ -16,7 +16,6 @@ import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, wait
-from contextlib import contextmanager
 from functools import partial
 from typing import ClassVar, Final
 
@@ -27,7 +26,7 @@ from tierkv.metrics import Counter, Metrics
 from tierkv.tiers.base import Miss, Run, Tier
 from tierkv.tiers.redis_bulk import Refusal, Wire, command
 from tierkv.tiers.redis_client import parse_url, until
-from tierkv.tiers.redis_nodes import FAILURES, Cluster, Health, Node, Server, borrow, introduce
+from tierkv.tiers.redis_nodes import FAILURES, Cluster, Health, Loan, Node, Server, introduce
 from tierkv.tiers.redis_objects import Objects, Outcome, State
 
 _EXACT: Final = 512
@@ -186,40 +185,40 @@ class RedisTier(Tier):
         return [area.cast("B") for area in areas]
 
     def _count(self, outcomes: Sequence[Outcome], counter: Counter, *, silent: Miss | None = None) -> None:
+        if outcomes.count(State.DONE) == len(outcomes):
+            return
         for outcome, number in Tally(outcomes).items():
             if isinstance(outcome, Miss) and outcome is not silent:
                 counter.add(number, self.name, outcome)
 
-    @contextmanager
-    def _use(self) -> Iterator[bool]:
-        """Keep `close` waiting. False: it was called."""
-        with self._idle:
-            usable = not self._closed
-            self._busy += usable
-        try:
-            yield usable
-        finally:
-            if usable:
-                with self._idle:
-                    self._busy -= 1
-                    self._idle.notify_all()
-
     def _batch(self, names: Sequence[bytes], deadline: float, work: Work, moved: Moved) -> list[Outcome]:
         """Run `work` on every node's share of `names`; outcomes in order, none open."""
-        outcomes: list[Outcome] = [State.OPEN] * len(names)
-        with self._use() as usable, until(deadline):
-            if not usable:
+        with self._idle:
+            if self._closed:
                 return [Miss.DOWN] * len(names)
-            try:
-                shares = self._servers.group(names) if names else []
-            except FAILURES:
-                reason = Miss.DOWN if self._servers.health.down else _late_or_failed(deadline)
-                return [reason] * len(names)
-            self._run(shares, outcomes, deadline, work)
-            self._follow(
-                [at for at, outcome in enumerate(outcomes) if outcome is State.MOVED], outcomes, deadline, moved
-            )
-        return [Miss.FAILED if outcome is State.OPEN else outcome for outcome in outcomes]
+            self._busy += 1
+        try:
+            with until(deadline):
+                return self._settled(names, deadline, work, moved)
+        finally:
+            with self._idle:
+                self._busy -= 1
+                if self._closed:
+                    self._idle.notify_all()
+
+    def _settled(self, names: Sequence[bytes], deadline: float, work: Work, moved: Moved) -> list[Outcome]:
+        try:
+            shares = self._servers.group(names) if names else []
+        except FAILURES:
+            reason = Miss.DOWN if self._servers.health.down else _late_or_failed(deadline)
+            return [reason] * len(names)
+        outcomes: list[Outcome] = [State.OPEN] * len(names)
+        self._run(shares, outcomes, deadline, work)
+        if State.MOVED in outcomes:
+            self._follow([at for at, end in enumerate(outcomes) if end is State.MOVED], outcomes, deadline, moved)
+        if State.OPEN in outcomes:  # keys of slots that no node serves
+            return [Miss.FAILED if end is State.OPEN else end for end in outcomes]
+        return outcomes
 
     def _run(self, shares: Sequence[Share], outcomes: list[Outcome], deadline: float, work: Work) -> None:
         def run(share: Share) -> None:
@@ -258,7 +257,7 @@ class RedisTier(Tier):
         try:
             if health.down:
                 self._ping(node, min(deadline, start + self._connect_s))
-            with borrow(node, deadline) as wire:
+            with Loan(node, deadline) as wire:
                 talk(wire)
         except FAILURES as error:
             late = time.monotonic() >= deadline
@@ -271,15 +270,14 @@ class RedisTier(Tier):
         return None
 
     def _ping(self, node: Node, deadline: float) -> None:
-        with borrow(node, deadline) as wire:
+        with Loan(node, deadline) as wire:
             wire.send([command(b"PING")])
             if isinstance(answer := wire.reply(), Refusal):
                 raise ConnectionError(answer)
 
     def _follow(self, places: Sequence[int], outcomes: list[Outcome], deadline: float, moved: Moved) -> None:
         """Send what was redirected through the library, which repairs its map; once, and only while that works."""
-        if places:
-            self._servers.suspect()
+        self._servers.suspect()
         for number, at in enumerate(places):
             try:
                 outcomes[at] = moved(at)

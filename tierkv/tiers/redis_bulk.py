@@ -73,29 +73,24 @@ class SocketWire:
         self._scratch = bytearray(SCRATCH_BYTES)
         self._view = memoryview(self._scratch)
         self._end = bytearray(len(_LINE_END))
+        self._end_view = memoryview(self._end)
         self._low = self._high = 0  # what has come but was not asked for yet: scratch[low:high]
+        self._usual, self._usual_bytes = b"?", 0  # the last head of a value: the next one is probably the same
         self.received = 0
 
-    def _arm(self) -> None:
+    def _left(self) -> float:
         left = self._deadline - self._clock()
         if left <= 0:
             raise TimeoutError("the batch is past its deadline")
-        self._sock.settimeout(left)
+        return left
 
     def send(self, pieces: Sequence[Buffer]) -> None:
         """Send, without copying a piece unless TLS encrypts it."""
-        if self._tls:
-            for piece in pieces:
-                rest = memoryview(piece).cast("B")
-                while rest:
-                    self._arm()
-                    rest = rest[self._sock.send(rest) :]
-            return
         left = [memoryview(piece).cast("B") for piece in pieces]
         first = 0
         while first < len(left):
-            self._arm()
-            sent = self._sock.sendmsg(left[first : first + _GATHER])
+            self._sock.settimeout(self._left())
+            sent = self._sock.send(left[first]) if self._tls else self._sock.sendmsg(left[first : first + _GATHER])
             while first < len(left) and sent >= len(left[first]):
                 sent -= len(left[first])
                 first += 1
@@ -103,7 +98,8 @@ class SocketWire:
                 left[first] = left[first][sent:]
 
     def _receive(self, into: list[memoryview]) -> int:
-        self._arm()
+        """Receive something into the first buffers."""
+        self._sock.settimeout(self._left())
         got = self._sock.recv_into(into[0]) if self._tls else self._sock.recvmsg_into(into)[0]
         if not got:
             raise ConnectionResetError("the server closed the connection")
@@ -139,6 +135,10 @@ class SocketWire:
 
     def value_bytes(self) -> int | Refusal | None:
         """Length of the next bulk value."""
+        after = self._low + len(self._usual)
+        if after <= self._high and self._scratch.startswith(self._usual, self._low):
+            self._low = after
+            return self._usual_bytes
         line = self._line()
         if line[:1] == b"-":
             return Refusal(line[1:].decode(errors="replace"))
@@ -146,18 +146,24 @@ class SocketWire:
             return None
         if line[:1] != b"$" or (size := _integer(line)) < 0:
             raise ConnectionError(f"not the expected RESP reply: {line[:32]!r}")
+        self._usual, self._usual_bytes = line + _LINE_END, size
         return size
 
     def value(self, *parts: memoryview) -> None:
         """Receive into the parts; what comes along of the next reply stays in scratch, at no extra call."""
-        todo = []
-        for part in (*parts, memoryview(self._end)):
-            have = min(self._high - self._low, len(part))
-            if have:
-                part[:have] = self._view[self._low : self._low + have]
-                self._low += have
-            if have < len(part):
-                todo.append(part[have:])
+        todo = [*parts, self._end_view]
+        low, high = self._low, self._high
+        first = 0
+        while low < high and first < len(todo):
+            have = min(high - low, len(todo[first]))
+            todo[first][:have] = self._view[low : low + have]
+            low += have
+            if have == len(todo[first]):
+                first += 1
+            else:
+                todo[first] = todo[first][have:]
+        self._low = low
+        del todo[:first]
         while todo:  # scratch is empty then
             got = self._receive([*todo, self._view])
             while todo and got >= len(todo[0]):

@@ -48,15 +48,20 @@ _OPTIONS: Final[dict[str, Callable[[str], object]]] = {
 _thread = threading.local()
 
 
-@contextmanager
-def until(deadline: float) -> Iterator[None]:
+class until:
     """Bound what this thread does with the connections below, to a time of `time.monotonic`; the nearest bound counts."""
-    before = getattr(_thread, "deadline", math.inf)
-    _thread.deadline = min(deadline, before)
-    try:
-        yield
-    finally:
-        _thread.deadline = before
+
+    __slots__ = ("_before", "_deadline")
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+
+    def __enter__(self) -> None:
+        self._before = getattr(_thread, "deadline", math.inf)
+        _thread.deadline = min(self._deadline, self._before)
+
+    def __exit__(self, *raised: object) -> None:
+        _thread.deadline = self._before
 
 
 def _seconds_left() -> float:

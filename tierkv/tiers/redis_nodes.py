@@ -5,8 +5,7 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -92,29 +91,39 @@ class Node:
     health: Health
 
 
-@contextmanager
-def borrow(node: Node, deadline: float) -> Iterator[Wire]:
-    """Lend a connection for one batch. Whatever is raised inside closes it: its stream may be out of step.
+class Loan:
+    """Lends a connection for one batch. Whatever is raised inside closes it: its stream may be out of step.
 
     Raises one of FAILURES.
     """
-    with until(deadline):
-        connection = node.pool.get_connection()
-    try:
-        sock = getattr(connection, "_sock", None)
-        if isinstance(sock, socket.socket):
-            wire: Wire = SocketWire(sock, deadline=deadline, clock=time.monotonic)
-            yield wire
-            wire.finish()
-            sock.settimeout(connection.socket_timeout)
+
+    def __init__(self, node: Node, deadline: float) -> None:
+        self._pool = node.pool
+        self._deadline = deadline
+
+    def __enter__(self) -> Wire:
+        with until(self._deadline):
+            self._connection = cast(Any, self._pool).get_connection()  # Any: untyped in the library
+        self._sock = getattr(self._connection, "_sock", None)
+        if isinstance(self._sock, socket.socket):
+            self._wire: Wire = SocketWire(self._sock, deadline=self._deadline, clock=time.monotonic)
         else:  # a redis-py that keeps its socket elsewhere, or wraps the connection
-            with until(deadline):
-                yield LibraryWire(connection)
-    except BaseException:
-        cast(Any, connection).disconnect()  # Any: untyped in the library
-        raise
-    finally:
-        node.pool.release(connection)
+            self._wire = LibraryWire(self._connection)
+        return self._wire
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        try:
+            if kind is None:
+                self._wire.finish()
+                if self._sock is not None:
+                    self._sock.settimeout(self._connection.socket_timeout)
+            else:
+                self._connection.disconnect()
+        except BaseException:
+            self._connection.disconnect()
+            raise
+        finally:
+            self._pool.release(self._connection)
 
 
 class Server:
