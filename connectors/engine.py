@@ -88,14 +88,17 @@ class EngineConnector(PagedConnector):
         match = state.match
         assert match is not None, "load follows match"
         usable: Future[int] = Future()
-        loaded = self.store.load(match, pages)
+        block_tokens = self.store.layout.block_tokens
         state.loading = True
+        if not pages:  # all of it lies on the device: no trip through a thread
+            usable.set_result(match.shared * block_tokens)
+            return usable
 
         def answer(done: "Future[tuple[int, int]]") -> None:
             blocks, head = done.result()
-            usable.set_result(blocks * self.store.layout.block_tokens + head)
+            usable.set_result(blocks * block_tokens + head)
 
-        loaded.add_done_callback(answer)
+        self.store.load(match, pages).add_done_callback(answer)
         return usable
 
     # -- keeping ----------------------------------------------------------------------------------------------------

@@ -123,6 +123,7 @@ def test_a_prompt_comes_back_from_disk_after_a_restart(opened: Any, tmp_path: Pa
     store = opened(config(tmp_path))
     assert run(store, tokens) == 20
     assert store.metrics.blocks_loaded.value("disk") == 20
+    assert store.flush(10)
     store.evict_device()
     assert run(store, tokens) == 20, "what came from disk lies in the host tier too"
     assert store.metrics.blocks_loaded.value("host") == 20

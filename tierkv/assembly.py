@@ -1,8 +1,9 @@
 """Builds a store from a configuration: which tiers there are, how large, and how they hang together."""
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,13 @@ from tierkv.errors import ConfigError
 from tierkv.keys import Key, Namespace
 from tierkv.layout import Layout
 from tierkv.metrics import Metrics
+from tierkv.values import hide_password
 
 if TYPE_CHECKING:
     import torch
 
     from tierkv.cost import CostModel
+    from tierkv.engine import Engine
     from tierkv.index import Index
     from tierkv.mover import Clock, Mover
     from tierkv.store import Store
@@ -29,11 +32,18 @@ MAX_PIECE_BLOCKS = 64
 
 
 def open_store(
-    config: Config, *, layout: Layout, model: str, device: "torch.device | str" = "cpu", clock: "Clock" = time.monotonic
+    config: Config,
+    *,
+    layout: Layout,
+    model: str,
+    device: "torch.device | str" = "cpu",
+    metrics: Metrics | None = None,
+    clock: "Clock" = time.monotonic,
 ) -> "Store":
     """Open all tiers that `config` names, for blocks of one model.
 
-    model: the identity of the weights, part of every key.  Raises ConfigError or TierError; nothing stays open then.
+    model: the identity of the weights, part of every key.  metrics: where to count; its own when None.
+    Raises ConfigError or TierError; nothing stays open then.
     """
     import torch
 
@@ -43,7 +53,7 @@ def open_store(
     from tierkv.tiers.host import HostSlab
     from tierkv.transfers import Places
 
-    metrics, transfer, on = Metrics(), config.transfer, torch.device(device)
+    metrics, transfer, on = metrics or Metrics(), config.transfer, torch.device(device)
     cost = CostModel(block_tokens=layout.block_tokens, block_bytes=layout.block_bytes)
     num_pages = _blocks("device.capacity", config.device.capacity, layout)
     num_host = _blocks("host.capacity", config.host.capacity, layout)
@@ -61,11 +71,13 @@ def open_store(
         disk = _disk(config, layout, metrics)
         if disk:
             opened.callback(disk.close)
-            below.append(_below(config, metrics, clock, disk, number=2))
+            below.append(_below(config, metrics, clock, disk, place=str(disk.path), number=2))
         redis = _redis(config, layout, metrics, clock)
         if redis:
             opened.callback(redis.close)
-            below.append(_below(config, metrics, clock, redis, number=None))
+            below.append(
+                _below(config, metrics, clock, redis, place=hide_password(config.redis.url or ""), number=None)
+            )
         sizes = {"device": num_pages, "host": num_host} | ({"disk": disk.num_slots} if disk else {})
         index = _index(config, layout, cost, sizes)
         _observe(metrics, index)
@@ -85,6 +97,46 @@ def open_store(
         store.recover()
         opened.pop_all()
     return store
+
+
+@contextmanager
+def open_engine(name: "str | Path", config: Config | None = None) -> "Iterator[tuple[Engine, Store]]":
+    """Load a model into the bundled engine, over a store with all tiers that `config` names.
+
+    name: "smollm2", a .gguf file, a transformers folder, or a name in the local hub cache.
+    At the end what was computed is copied down, and all is closed. Raises ModelError, ConfigError or TierError.
+    """
+    import torch
+
+    from tierkv.connectors.engine import EngineConnector
+    from tierkv.engine import Engine, EngineConfig
+
+    config = config or Config()
+    options, kind, metrics = config.engine, config.device.kind, Metrics()
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    with ExitStack() as opened:
+        stores: list[Store] = []
+
+        def connect(layout: Layout, device: "torch.device", model: str) -> EngineConnector:
+            store = open_store(config, layout=layout, model=model, device=device, metrics=metrics)
+            opened.callback(store.close)
+            stores.append(store)
+            return EngineConnector(store)
+
+        engine_config = EngineConfig(
+            dtype=options.dtype,
+            device=kind,
+            block_tokens=config.store.block_tokens,
+            max_batch_tokens=options.max_batch_tokens,
+            max_sequences=options.max_sequences,
+            max_context=options.max_context,
+            seed=options.seed,
+            num_threads=options.num_threads,
+        )
+        engine = Engine.from_pretrained(name, engine_config, connector=connect, metrics=metrics)
+        opened.enter_context(engine)
+        yield engine, stores[0]
 
 
 def _blocks(option: str, capacity: int, layout: Layout) -> int:
@@ -135,14 +187,14 @@ def _redis(config: Config, layout: Layout, metrics: Metrics, clock: "Clock") -> 
 
 
 def _below(
-    config: Config, metrics: Metrics, clock: "Clock", tier: "DiskTier | RedisTier", *, number: int | None
+    config: Config, metrics: Metrics, clock: "Clock", tier: "DiskTier | RedisTier", *, place: str, number: int | None
 ) -> "Below":
     from tierkv.mover import Breaker
     from tierkv.transfers import Below
 
     transfer = config.transfer
     breaker = Breaker(tier.name, metrics=metrics, clock=clock, failures=transfer.down_after, first_s=transfer.down_s)
-    return Below(tier, number, getattr(config, tier.name).copy_down, breaker)
+    return Below(tier, place, number, getattr(config, tier.name).copy_down, breaker)
 
 
 def _index(config: Config, layout: Layout, cost: "CostModel", sizes: dict[str, int]) -> "Index":

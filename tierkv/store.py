@@ -348,6 +348,18 @@ class Store:
         """The name of a tier of the index."""
         return ("device", "host")[number] if number <= HOST else self._numbered[number].name
 
+    def holdings(self) -> list[dict[str, object]]:
+        """What lies where: tier, blocks, bytes, place. Of a shared tier, what this store has written to it."""
+        places = {"device": str(self.places.device.device), "host": "pinned" if self.places.host.pinned else "memory"}
+        tiers = {tier.name: tier.held for tier in self.index.stats().tiers}
+        for below in self.below:
+            places[below.name] = below.place
+            tiers.setdefault(below.name, int(self.metrics.blocks_spilled.value("host", below.name)))
+        return [
+            {"tier": name, "blocks": blocks, "bytes": blocks * self.layout.block_bytes, "place": places[name]}
+            for name, blocks in tiers.items()
+        ]
+
     def evict_device(self) -> int:
         """Forget all device pages that no request has pinned; how many. Copies below stay."""
         return self.index.evict(DEVICE).evicted

@@ -31,10 +31,12 @@ HOST: Final = 1
 class Below:
     """A tier at rest, under the host, and how blocks come to it.
 
+    place: where it is, for people.
     number: its number in the index; None for a shared tier, which is asked and not remembered.
     """
 
     tier: Tier
+    place: str
     number: int | None
     copy_down: str
     breaker: Breaker
