@@ -101,6 +101,23 @@ def test_installed_wheel_imports_from_where_it_was_installed(installed: Path) ->
     assert run("-I", "-c", code, cwd=installed.parent).strip() == str(installed / "tierkv" / "connectors" / "base.py")
 
 
+def test_editable_install_imports_from_the_tree(tree: Path, tmp_path: Path) -> None:
+    run("-c", f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})", cwd=tree)
+    (built,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"
+        "import importlib.util, tierkv, tierkv.connectors.base\n"
+        "print(tierkv.__file__, importlib.util.find_spec('tierkv.kernels.attention').origin, sep='\\n')\n"
+        "assert importlib.util.find_spec('kernels') is None and importlib.util.find_spec('connectors') is None"
+    )
+    # -S: the finder of the environment's own editable install has the same name, and would answer first.
+    package, kernel = run("-I", "-S", "-c", code, cwd=tmp_path).split()
+    assert Path(package).samefile(tree / "tierkv" / "__init__.py")
+    assert Path(kernel).samefile(tree / "kernels" / "attention.py")
+
+
 def test_installed_wheel_brings_the_command(installed: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(installed)!r}); from tierkv.cli import main; sys.exit(main(['--version']))"
     version = run("-I", "-c", code, cwd=installed.parent).split()[-1]

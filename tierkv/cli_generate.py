@@ -1,11 +1,13 @@
 """`tierkv generate`: one prompt, one model, the configured tiers."""
 
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from tierkv.cli_options import AsJson, ConfigFile, Overrides, print_json, read_config
 from tierkv.config import Config
@@ -117,8 +119,13 @@ def _answer(
     tokens: list[list[int]] = [[] for _ in texts]
     ends: list[tuple[str | None, str | int | None]] = [(None, None)] * params.n
     stats = None
-    with open_engine(model, config) as (engine, _store):
+    with Console(stderr=True).status(f"loading {model}", spinner="line") as status, ExitStack() as opened:
+        if not (stream and sys.stderr.isatty()):
+            status.stop()
+        engine, _ = opened.enter_context(open_engine(model, config))
+        status.update("reading the prompt")
         for piece in engine.stream(_prompt(engine, prompt, chat), params):
+            status.stop()
             texts[piece.index] += piece.text
             tokens[piece.index] += piece.token_ids
             if piece.finish_reason is not None:
