@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from tierkv.cli_options import AsJson, console, print_json, show_bytes, text
@@ -40,30 +40,36 @@ def _bars() -> Iterator["Report"]:
 
     bars = Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=10),
         TextColumn("{task.fields[tokens]}"),
-        TimeElapsedColumn(),
+        TextColumn("{task.elapsed:.0f} s"),
         console=Console(stderr=True, highlight=False),
     )
     tasks: dict[str, TaskID] = {}
 
+    def finish() -> None:
+        for task in bars.tasks:
+            if not task.finished:
+                bars.update(task.id, completed=task.total or 1, total=task.total or 1)
+                bars.stop_task(task.id)
+
     def report(stage: str, done: int, total: int) -> None:
         if stage not in tasks:
-            for before in tasks.values():
-                bars.stop_task(before)
+            finish()
             tasks[stage] = bars.add_task(STAGES[stage], total=None, tokens="loading the model")
-        if total:
-            shown = min(done, total)
-            bars.update(tasks[stage], completed=shown, total=total, tokens=f"{shown:,} of {total:,} tokens")
+        if total:  # known once the model is there; what came from a tier is not computed, and shortens the stage
+            bars.update(tasks[stage], completed=done, total=total, tokens=f"computed {done:,} of {total:,}")
 
     with bars:
         yield report
+        finish()
 
 
 def _print(outcome: "Outcome") -> None:
     screen = console()
     cold = outcome.rows[0]
     screen.print()
+    screen.print(text("Asked about a long document, the model answered:", "dim"))
     screen.print(text(outcome.text.strip(), "italic"))
     screen.print()
     table = Table("source", box=None, pad_edge=False, header_style="bold")
@@ -81,7 +87,7 @@ def _print(outcome: "Outcome") -> None:
     screen.print(table)
     screen.print()
     screen.print(
-        "Compared token by token with the cold run, in float32: in bfloat16 low bits change with every boundary of a\n"
+        "Compared token by token with the cold run, in float32: in bfloat16 low bits change with every boundary of a "
         "chunk of prefill, with or without a cache."
     )
     screen.print()
