@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import xxhash
 
 from tierkv.codecs.base import Codec
 from tierkv.errors import CodecError
@@ -388,3 +389,130 @@ class FakeClock:
     def advance(self, seconds: float) -> None:
         """Let time pass."""
         self.now += seconds
+
+
+class MemoryTier(Tier):
+    """Blocks in a dict: a real tier, for tests of what stands above tiers. `stored` is the tests' to damage.
+
+    A copy is verified on reading, by the same rule as elsewhere: what is not as it was written is removed and counted.
+    """
+
+    name = "memory"
+
+    def __init__(self, *, metrics: Metrics, capacity_blocks: int = 1 << 20) -> None:
+        self._metrics, self._capacity = metrics, capacity_blocks
+        self.stored: dict[Key, bytes] = {}
+        self._sums: dict[Key, int] = {}
+        self.runs: list[Run] = []
+
+    def contains(self, keys: Sequence[Key]) -> list[bool]:
+        """As the interface says."""
+        return [key in self.stored for key in keys]
+
+    def read(self, keys: Sequence[Key], outs: Sequence[memoryview], *, deadline_s: float | None = None) -> list[bool]:
+        """As the interface says."""
+        return [self._read(key, out) for key, out in zip(keys, outs, strict=True)]
+
+    def _read(self, key: Key, out: memoryview) -> bool:
+        block = self.stored.get(key)
+        if block is None:
+            self._metrics.misses.add(1, self.name, Miss.ABSENT)
+            return False
+        out[: len(block)] = block  # before the check, as from a disk: what is False may hold anything
+        if xxhash.xxh3_64_intdigest(block) != self._sums[key]:
+            self.delete([key])
+            self._metrics.corrupt_blocks.add(1, self.name)
+            self._metrics.misses.add(1, self.name, Miss.CORRUPT)
+            return False
+        return True
+
+    def write(self, run: Run, blocks: Sequence[memoryview], *, deadline_s: float | None = None) -> list[bool]:
+        """As the interface says."""
+        written = []
+        for key, block in zip(run.keys, blocks, strict=True):
+            if key not in self.stored and len(self.stored) < self._capacity:
+                self.stored[key] = bytes(block)
+                self._sums[key] = xxhash.xxh3_64_intdigest(self.stored[key])
+            written.append(key in self.stored)
+        self.runs.append(run)
+        return written
+
+    def delete(self, keys: Sequence[Key]) -> None:
+        """As the interface says."""
+        for key in keys:
+            self.stored.pop(key, None)
+            self._sums.pop(key, None)
+
+    def scan(self) -> Iterator[Run]:
+        """As the interface says: runs of one block, in the order of writing."""
+        done: set[Key] = set()
+        for run in self.runs:
+            size = len(run.tokens) // len(run.keys)
+            for at, key in enumerate(run.keys):
+                if key in self.stored and key not in done:
+                    done.add(key)
+                    parent = run.keys[at - 1] if at else run.parent
+                    yield Run(run.root, parent, run.depth + at, (key,), run.tokens[at * size : (at + 1) * size])
+
+    def close(self) -> None:
+        """As the interface says."""
+
+
+class SharedMemoryTier(MemoryTier):
+    """A MemoryTier that is asked and not remembered, as Redis is."""
+
+    name = "shared"
+    shared = True
+
+
+class FaultyTier(Tier):
+    """A tier whose n-th call fails, for every n a test likes: a seeded fault, in front of a real tier.
+
+    `fail_after` counts calls down; at 0 the call raises OSError, before or after the real one as `late` says.
+    """
+
+    name = "faulty"
+
+    def __init__(self, tier: Tier) -> None:
+        self._tier = tier
+        self.name, self.shared = tier.name, tier.shared  # type: ignore[misc]  # of the tier it stands for
+        self.fail_after: int | None = None
+        self.late = False
+        self.fired = 0
+
+    def _call(self, call: Callable[[], Any]) -> Any:
+        failing = self.fail_after == 0
+        if self.fail_after is not None:
+            self.fail_after -= 1
+        if failing and not self.late:
+            self.fired += 1
+            raise OSError("a seeded fault")
+        answer = call()
+        if failing:
+            self.fired += 1
+            raise OSError("a seeded fault, after the fact")
+        return answer
+
+    def contains(self, keys: Sequence[Key]) -> list[bool]:
+        """As the interface says, or OSError."""
+        return list(self._call(lambda: self._tier.contains(keys)))
+
+    def read(self, keys: Sequence[Key], outs: Sequence[memoryview], *, deadline_s: float | None = None) -> list[bool]:
+        """As the interface says, or OSError."""
+        return list(self._call(lambda: self._tier.read(keys, outs, deadline_s=deadline_s)))
+
+    def write(self, run: Run, blocks: Sequence[memoryview], *, deadline_s: float | None = None) -> list[bool]:
+        """As the interface says, or OSError."""
+        return list(self._call(lambda: self._tier.write(run, blocks, deadline_s=deadline_s)))
+
+    def delete(self, keys: Sequence[Key]) -> None:
+        """As the interface says, or OSError."""
+        self._call(lambda: self._tier.delete(keys))
+
+    def scan(self) -> Iterator[Run]:
+        """As the interface says."""
+        return self._tier.scan()
+
+    def close(self) -> None:
+        """As the interface says."""
+        self._tier.close()

@@ -1,0 +1,329 @@
+"""The whole store under a random schedule: whatever is held anywhere is what its tokens say, whatever fails.
+
+Jobs run when the machine says so and in the order it says, tiers fail at its whim, copies at rest get damaged. KV is
+replaced by a function of the tokens, so that a single block in a wrong place is seen.
+"""
+
+from queue import SimpleQueue
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tierkv import policies, transfers
+from tierkv import store as store_module
+from tierkv.cost import CostModel
+from tierkv.index import Index, Lease, TierSpec
+from tierkv.keys import Namespace, token_bytes
+from tierkv.layout import Layout
+from tierkv.metrics import Metrics
+from tierkv.mover import Breaker, Gate, LaneSpec, Mover
+from tierkv.store import Match, Search, Store
+from tierkv.testing import FakeClock, FaultyTier, MemoryTier, SharedMemoryTier, StepExecutor
+from tierkv.tiers.device import PagePool
+from tierkv.tiers.host import HostSlab
+from tierkv.transfers import DEVICE, HOST, Below, Load, Places
+
+TINY = Layout(num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32", block_tokens=2)
+STEP = TINY.block_tokens * 4
+DEADLINE_S = 10.0
+TAILS = st.lists(st.integers(0, 1), min_size=2, max_size=12)
+PIECE = 2
+
+
+def content(tokens: bytes, block: int) -> np.ndarray[Any, Any]:
+    seed = list(tokens[: (block + 1) * STEP])
+    return np.frombuffer(np.random.default_rng(seed).bytes(TINY.block_bytes), np.uint8)
+
+
+class Request:
+    def __init__(self, tokens: bytes, search: Search) -> None:
+        self.tokens, self.search = tokens, search
+        self.match: Match | None = None
+        self.pages: list[int] = []
+        self.own: set[int] = set()
+        self.load: Any = None
+        self.done = 0  # blocks whose content is in the pages
+        self.num_blocks = len(tokens) // STEP
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Requests over a store with all kinds of tiers."""
+
+    @initialize(
+        pages=st.integers(6, 14),
+        host=st.integers(1, 10),
+        slots=st.integers(1, 20),
+        edges=st.tuples(*[st.sampled_from(["save", "second_use", "spill"])] * 3),
+        policy=st.sampled_from(policies.NAMES),
+    )
+    def begin(self, pages: int, host: int, slots: int, edges: tuple[str, str, str], policy: str) -> None:
+        self.clock, self.metrics, self.steps = FakeClock(), Metrics(), StepExecutor()
+        cost = CostModel(block_tokens=TINY.block_tokens, block_bytes=TINY.block_bytes)
+        sizes = {"device": pages, "host": host, "memory": slots}
+        specs = [
+            TierSpec(name, size, number <= HOST, policies.make(policy, tier=number, cost=cost, next_tier=None))
+            for number, (name, size) in enumerate(sizes.items())
+        ]
+        index = Index(block_tokens=TINY.block_tokens, tiers=specs)
+        pool = PagePool(layout=TINY, num_pages=pages, device=torch.device("cpu"))
+        slab = HostSlab(num_places=host + PIECE, block_bytes=TINY.block_bytes)
+        spares: SimpleQueue[list[int]] = SimpleQueue()
+        spares.put(list(range(host, host + PIECE)))
+        self.own = MemoryTier(metrics=self.metrics, capacity_blocks=slots)
+        self.shared = SharedMemoryTier(metrics=self.metrics)
+        self.faulty = [FaultyTier(self.own), FaultyTier(self.shared)]
+        below = [
+            Below(tier, "here", number, edge, Breaker(tier.name, metrics=self.metrics, clock=self.clock))
+            for tier, number, edge in zip(self.faulty, (2, None), edges[1:], strict=True)
+        ]
+        lanes = {name: LaneSpec(1, 12) for name in ("load", "save", "probe", "memory", "shared")}
+        self.store = Store(
+            root=Namespace("test", TINY).root(),
+            layout=TINY,
+            places=Places(index, pool, slab, spares, self.metrics, cost, self.clock),
+            below=below,
+            mover=Mover(lanes, metrics=self.metrics, executor=lambda name, spec: self.steps),
+            host_copy_down=edges[0],
+            load_deadline_s=DEADLINE_S,
+            spill_watermark=0.3,
+            piece=PIECE,
+        )
+        self.prompts: list[bytes] = []
+        self.requests: list[Request] = []
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    @rule(tail=TAILS, keep=st.integers(0, 10), base=st.integers(0, 99))
+    def arrive(self, tail: list[int], keep: int, base: int) -> None:
+        old = self.prompts[base % len(self.prompts)] if self.prompts else b""
+        tokens = old[: keep * 4] + token_bytes(tail)
+        self.prompts = [*self.prompts[-7:], tokens]
+        self.requests.append(Request(tokens, self.store.search(tokens)))
+
+    @rule(tail=TAILS, keep=st.integers(0, 10), base=st.integers(0, 99), drain=st.booleans(), stay=st.booleans())
+    def serve(self, tail: list[int], keep: int, base: int, drain: bool, stay: bool) -> None:
+        """A whole request at once: what random single steps reach too seldom."""
+        self.arrive(tail, keep, base)
+        self.steps.run_all()
+        last = len(self.requests) - 1
+        request = self.requests[last]
+        self.admit(last)
+        if request.match is None:
+            return
+        if drain:
+            self.steps.run_all()
+        for _ in range(request.num_blocks + 1):
+            self.compute(last)
+        if not stay:
+            self.leave(last)
+        if drain:
+            self.steps.run_all()
+
+    @precondition(lambda self: self.requests)
+    @rule(number=st.integers(0, 99))
+    def admit(self, number: int) -> None:
+        request = self.requests[number % len(self.requests)]
+        if request.match is not None or not request.search.ready:
+            return
+        match = self.store.take(request.search)
+        shared = match.lease.places(DEVICE, 0, match.shared)
+        fresh = self.store.allocate(request.num_blocks - match.shared + bool(match.head_tokens))
+        if fresh is None:
+            self.store.release(match)
+            self.requests.remove(request)
+            return
+        request.match, request.pages, request.own = match, [*shared, *fresh], set(fresh)
+        request.done = match.shared
+        wanted = match.num_blocks - match.shared + bool(match.head_tokens)
+        if wanted:
+            request.load = self.store.load(match, fresh[:wanted])
+
+    @precondition(lambda self: self.requests)
+    @rule(number=st.integers(0, 99))
+    def compute(self, number: int) -> None:
+        """Fill a block, or take up the load, and offer what is full."""
+        request = self.requests[number % len(self.requests)]
+        match = request.match
+        if match is None or (request.load and not request.load.done()):
+            return
+        if request.load:
+            blocks, head = request.load.result()
+            assert match.shared <= blocks <= match.num_blocks
+            self.look(request, blocks, head)
+            request.load, request.done = None, blocks
+            self.store.settle(match)
+            return
+        if request.done < request.num_blocks:
+            page = request.pages[request.done]
+            assert page in request.own, "a page of others would be overwritten"
+            self.page(page)[:] = content(request.tokens, request.done)
+            request.done += 1
+        taken = self.store.save(match, request.tokens[: request.done * STEP], request.pages[: request.done])
+        for page, ok in zip(reversed(request.pages[: request.done]), reversed(taken), strict=False):
+            if ok:
+                request.own.discard(page)
+
+    def look(self, request: Request, blocks: int, head: int) -> None:
+        for block in range(blocks):
+            assert (self.page(request.pages[block]) == content(request.tokens, block)).all(), "a load brought other KV"
+
+    def page(self, number: int) -> np.ndarray[Any, Any]:
+        return np.frombuffer(self.store.places.device.view(number), np.uint8)
+
+    @precondition(lambda self: self.requests)
+    @rule(number=st.integers(0, 99))
+    def leave(self, number: int) -> None:
+        request = self.requests[number % len(self.requests)]
+        if request.load and not request.load.done():
+            return
+        self.requests.remove(request)
+        if request.match is not None:
+            self.store.free(sorted(request.own))
+            self.store.release(request.match)
+
+    # -- the world --------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.steps.queue)
+    @rule(number=st.integers(0, 99))
+    def work(self, number: int) -> None:
+        self.steps.step(number % len(self.steps.queue))
+
+    @precondition(lambda self: self.prompts)
+    @rule(base=st.integers(0, 99), blow=st.sampled_from(["damage", "lose", "none"]), shared=st.booleans())
+    def come_back(self, base: int, blow: str, shared: bool) -> None:
+        """A prompt that is known goes to the bottom, something happens to it there, and it is asked for again."""
+        self.flush_device()
+        self.store.index.evict(HOST)
+        for number in range(3):
+            if blow == "damage":
+                self.damage(shared, base + number)
+            elif blow == "lose":
+                self.lose(shared, base + number)
+        self.serve([], 99, base, drain=True, stay=False)
+
+    @rule(tier=st.integers(0, 1), after=st.integers(0, 3), late=st.booleans())
+    def seed_fault(self, tier: int, after: int, late: bool) -> None:
+        self.faulty[tier].fail_after, self.faulty[tier].late = after, late
+
+    @precondition(lambda self: self.requests)
+    @rule(shared=st.booleans(), number=st.integers(0, 99))
+    def damage(self, shared: bool, number: int) -> None:
+        stored = (self.shared if shared else self.own).stored
+        if stored:
+            key = sorted(stored)[number % len(stored)]
+            stored[key] = bytes([stored[key][0] ^ 1]) + stored[key][1:]
+
+    @precondition(lambda self: self.requests)
+    @rule(shared=st.booleans(), number=st.integers(0, 99))
+    def lose(self, shared: bool, number: int) -> None:
+        tier = self.shared if shared else self.own
+        if tier.stored:
+            tier.delete([sorted(tier.stored)[number % len(tier.stored)]])
+
+    @rule()
+    def flush_device(self) -> None:
+        self.store.evict_device()
+
+    @rule(seconds=st.sampled_from([0.5, 11.0, 61.0]))
+    def wait(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        self.store.poll()
+        assert not any(r.load and not r.load.done() for r in self.requests) or seconds < DEADLINE_S
+
+    @invariant()
+    def everything_held_is_what_its_tokens_say(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        self.store.index.check()
+        for tokens in self.prompts:
+            with self.store.index.acquire(self.store.root, tokens) as lease:
+                for tier, view in ((DEVICE, self.page), (HOST, self.row)):
+                    for lo, hi in lease.held(tier, 0, lease.num_blocks):
+                        for block, place in zip(range(lo, hi), lease.places(tier, lo, hi), strict=True):
+                            assert (view(place) == content(tokens, block)).all(), "a tier lies"
+
+    def row(self, place: int) -> np.ndarray[Any, Any]:
+        return np.frombuffer(self.store.places.host.view(place), np.uint8)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        self.clock.advance(100)
+        self.store.poll()
+        self.steps.run_all()
+        while self.requests:
+            self.leave(0)
+        self.steps.run_all()
+        self.store.evict_device()
+        stats = self.store.index.stats()
+        assert stats.tiers[DEVICE].used == 0, "a page has leaked"
+        assert stats.num_leases == 0, "a lease has leaked"
+        assert self.store.places.spares.qsize() == 1, "spare places have leaked"
+        self.store.index.check()
+        self.store.places.host.close()
+
+
+StoreMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+test_store = StoreMachine.TestCase
+
+
+# -- the machine itself must be able to fail --------------------------------------------------------------------------
+
+
+def _never_shuts(gate: Gate) -> bool:
+    return True
+
+
+def _believes_all(self: Load, below: Below, lo: int, hi: int, views: Any) -> list[bool]:
+    below.tier.read(self.lease.keys(lo, hi), views)
+    return [True] * (hi - lo)
+
+
+def _copies_wrong_pages(self: PagePool, pages: Any, host: HostSlab, places: Any, *, after: object) -> None:
+    for page, place in zip(reversed(list(pages)), places, strict=True):
+        host.rows[place, : self.block_bytes] = self._rows[page]
+
+
+def _writes_unpinned(places: Places, below: Below, lease: Lease, lo: int, hi: int) -> None:
+    lease.release()  # the job runs on, as if it still had its pins
+    with places.index.acquire(lease.root, b"") as nothing:
+        assert nothing.num_blocks == 0
+    places.host.rows[:, :4] ^= 255
+
+
+def _gives_back_too_much(self: Store, match: Match) -> None:
+    pages = match.lease.places(DEVICE, 0, match.shared)
+    match.lease.release()
+    self.index.free(DEVICE, pages)
+
+
+PLANTED = {
+    "late jobs still copy": (Gate, "shut", _never_shuts),
+    "a failed read is believed": (Load, "_read", _believes_all),
+    "pages go to each other's places": (PagePool, "copy_out", _copies_wrong_pages),
+    "host memory is written by others": (transfers, "write_down", _writes_unpinned),
+    "shared pages are freed": (Store, "release", _gives_back_too_much),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, name, planted = PLANTED[fault]
+    monkeypatch.setattr(where, name, planted)
+    if where is transfers:
+        monkeypatch.setattr(store_module, name, planted)
+    quick = settings(max_examples=400, stateful_step_count=40, deadline=None, database=None, phases=[Phase.generate])
+    with pytest.raises(Exception):  # noqa: B017  whatever breaks first: an assertion here or in the index, an error
+        run_state_machine_as_test(StoreMachine, settings=quick)
