@@ -123,9 +123,11 @@ class Holding:
         """Ranges of [lo, hi) that are neither held nor pending."""
         state = self.state
         while lo < hi:
-            lo = state.find(ABSENT, lo, hi) if lo < len(state) else lo
-            if lo < 0:
-                return
+            if lo < len(state):
+                at = state.find(ABSENT, lo, hi)
+                lo = at if at >= 0 else len(state)
+                if lo >= hi:
+                    return
             ends = [at for kind in (HELD, PENDING) if (at := state.find(kind, lo, hi)) >= 0]
             end = min(ends, default=hi)
             yield lo, end

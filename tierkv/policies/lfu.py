@@ -91,10 +91,12 @@ class LfuPolicy(HeapPolicy):
 
     def forgot(self, strand: Leaf, blocks: int) -> None:
         """Age: whoever comes now is not behind those that have long been here."""
-        lo, hi = strand.span(self.tier)
-        self.age = max(self.age, self.worth(strand, hi - 1))
-        if hi > blocks:
-            self._uses[strand].cut(hi - blocks)
+        end = strand.span(self.tier)[1]
+        self.age = max(self.age, self.worth(strand, end - 1))
+        if end > blocks:
+            self._uses[strand].cut(end - blocks)
+        else:
+            del self._uses[strand]
 
     def withdraw(self, strand: Leaf) -> None:
         """See Policy."""

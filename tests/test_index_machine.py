@@ -1,0 +1,746 @@
+"""The index against a model of dicts, driven by Hypothesis; and planted faults, which the same machine must catch."""
+
+from array import array
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tierkv import lease as lease_module
+from tierkv import strands, tree
+from tierkv.cost import CostModel
+from tierkv.index import Copy, Index, Lease, Reservation, TierSpec
+from tierkv.keys import Key, chain
+from tierkv.policies import make
+from tierkv.policies.lru import LruPolicy
+from tierkv.tiers.base import Run
+
+BLOCK_TOKENS = 2
+BLOCK_BYTES = 4 * BLOCK_TOKENS
+CAPACITY = (6, 5, 7)
+PLACED = (True, True, False)
+TIERS = range(3)
+ROOTS = [Key(b"a" * 32), Key(b"b" * 32)]
+
+A, B, C = (0, 0), (0, 1), (1, 0)
+SHAPES: list[list[list[tuple[int, int]]]] = [
+    [],
+    [[A, A], [A, B, B], [A, B, A, A]],
+    [[A, A, A], [B, B], [C]],
+    [[A, A, A, A], [A, A, B]],
+]
+
+Path = tuple[Any, ...]  # root, then the bytes of each block
+
+blocks_of = st.lists(st.sampled_from([A, B, C]), max_size=6)
+tails = st.sampled_from([(), (), (0,), (1,)])
+chance = st.integers(0, 5)
+
+
+def tokens_of(blocks: Any, tail: Any = ()) -> bytes:
+    return array("i", [token for block in blocks for token in block] + list(tail)).tobytes()
+
+
+def path_of(root: Key, tokens: bytes) -> Path:
+    return (root, *(tokens[at : at + BLOCK_BYTES] for at in range(0, len(tokens) - BLOCK_BYTES + 1, BLOCK_BYTES)))
+
+
+def key_of(path: Path) -> Key:
+    return chain(path[0], b"".join(path[1:]), block_tokens=BLOCK_TOKENS)[-1]
+
+
+def above(path: Path) -> Iterator[Path]:
+    return (path[:size] for size in range(2, len(path) + 1))
+
+
+def held_by(index: Index) -> list[dict[Path, int | None]]:
+    """What each tier holds, by a walk that shares no code with the index."""
+    found: list[dict[Path, int | None]] = [{} for _ in TIERS]
+    stack: list[tuple[strands.Strand, Path]] = []
+    for key, root in index._tree.roots.items():
+        stack += [(child, (key,)) for child in root.offspring()]
+    while stack:
+        strand, prefix = stack.pop()
+        own = path_of(prefix[0], bytes(strand.tok))[1:]
+        for tier, holding in enumerate(strand.holdings):
+            for at, state in enumerate(holding.state if holding else b""):
+                if state == strands.HELD and holding:
+                    path = prefix + own[: at + 1]
+                    assert path not in found[tier], "a path exists twice"
+                    found[tier][path] = holding.places[at] if holding.places is not None else None
+        stack += [(child, prefix + own[: child.at]) for child in strand.offspring()]
+    return found
+
+
+class Promise:
+    """A live lease and what it was promised: these blocks stay in these places."""
+
+    def __init__(self, lease: Lease, path: Path) -> None:
+        self.lease, self.path = lease, path
+        self.kept: dict[tuple[int, Path], int | None] = {}
+
+
+class IndexMachine(RuleBasedStateMachine):
+    policy: Callable[[int], Any] = staticmethod(lambda tier: LruPolicy(tier=tier))
+    exact = True  # the policy is leaf-LRU: the model knows who goes first
+
+    def __init__(self) -> None:
+        super().__init__()
+        specs = [TierSpec(f"t{tier}", CAPACITY[tier], PLACED[tier], self.policy(tier)) for tier in TIERS]
+        self.index = Index(block_tokens=BLOCK_TOKENS, tiers=specs)
+        self.held: list[dict[Path, int | None]] = [{} for _ in TIERS]
+        self.stamps: dict[Path, int] = {}
+        self.uses: dict[Path, int] = {}
+        self.leases: list[Promise] = []
+        self.copies: list[tuple[Copy, Path]] = []
+        self.reserved: list[Reservation] = []
+        self.clock = 0
+
+    # -- the model -------------------------------------------------------------------------------------------------
+
+    def anywhere(self, path: Path) -> bool:
+        return any(path in held for held in self.held)
+
+    def hit(self, path: Path) -> Path:
+        size = 1
+        while size < len(path) and self.anywhere(path[: size + 1]):
+            size += 1
+        return path[:size]
+
+    def head_tokens(self, path: Path, rest: bytes) -> int:
+        best = 0
+        for held in self.held:
+            for other in held:
+                if other[:-1] == path:
+                    pairs = zip(array("i", other[-1]), array("i", rest[:BLOCK_BYTES]), strict=False)
+                    same = 0
+                    for one, two in pairs:
+                        if one != two:
+                            break
+                        same += 1
+                    best = max(best, same)
+        return best
+
+    def ends(self) -> list[tuple[Path, list[int]]]:
+        """Every path that is kept, and the tiers that must not forget it."""
+        ends = []
+        for promise in self.leases:
+            ends.append((promise.path, list(lease_module.BITS[promise.lease._tiers])))
+            head = promise.lease.head
+            if head:
+                ends.append((self.strand_path(head.strand, head.block + 1), [promise.lease._head_tier]))
+        for copy, path in self.copies:
+            ends.append((path[: copy.blocks[-1] + 2], [copy.tier]))
+        return ends
+
+    def strand_path(self, strand: strands.Strand, end: int) -> Path:
+        own = tuple(bytes(strand.tok[at : at + BLOCK_BYTES]) for at in range(0, end * BLOCK_BYTES, BLOCK_BYTES))
+        if strand.parent is None:
+            return (Key(bytes(strand.keys)),)
+        return self.strand_path(strand.parent, strand.at) + own
+
+    def pending(self, tier: int) -> set[Path]:
+        return {path[: block + 2] for copy, path in self.copies if copy.tier == tier for block in copy.blocks}
+
+    def touch(self, path: Path, start: int = 0, *, used: bool = True) -> None:
+        self.clock += 1
+        for part in above(path):
+            self.stamps[part] = self.clock
+            if used and len(part) - 2 >= start:
+                self.uses[part] = self.uses.get(part, 0) + 1
+
+    def evictable(self, tier: int) -> list[Path]:
+        kept = {part for path, tiers in self.ends() if tier in tiers for part in above(path)}
+        kept |= {part for path in self.held[tier] for part in above(path[:-1])}
+        return [path for path in self.held[tier] if path not in kept]
+
+    def follow_eviction(self, tier: int, count: int) -> list[Path]:
+        """Forget in the model what the index forgot: `count` blocks, each the first of leaf-LRU among the candidates."""
+        now = held_by(self.index)[tier]
+        gone = [path for path in self.held[tier] if path not in now]
+        order = []
+        for _ in range(count):
+            candidates = self.evictable(tier)
+            assert candidates, "forgot a block that something protects"
+            oldest = min(self.stamps[path] for path in candidates)  # equal only on one path, and after a restore
+            possible = [path for path in candidates if path in gone and (not self.exact or self.stamps[path] == oldest)]
+            assert possible, "forgot another block than leaf-LRU"
+            del self.held[tier][possible[0]]
+            order.append(possible[0])
+        assert len(order) == len(gone), "forgot another number of blocks than it says"
+        self.in_tree()
+        return order
+
+    def in_tree(self) -> set[Path]:
+        kept = {part for path, _ in self.ends() for part in above(path)}
+        kept |= {part for held in self.held for path in held for part in above(path)}
+        for part in self.stamps.keys() - kept:
+            del self.stamps[part], self.uses[part]
+        return kept
+
+    def after_evictions(self, tier: int, evicted: int, victims: list[Key]) -> None:
+        gone = self.follow_eviction(tier, evicted)
+        assert sorted(victims) == sorted(key_of(path) for path in gone if not PLACED[tier])
+
+    def free_room(self, tier: int) -> int:
+        reserved = sum(each.count for each in self.reserved if each.tier == tier)
+        return CAPACITY[tier] - len(self.held[tier]) - reserved - len(self.pending(tier)) - len(self.limbo(tier))
+
+    def limbo(self, tier: int) -> list[int]:
+        room = self.index._tree.rooms[tier]
+        return [place for _, of, places in self.index._limbo for place in places if of is room]
+
+    def reserve(self, tier: int, n: int, at_least: int) -> Reservation | None:
+        possible = self.free_room(tier)
+        before = self.index._tree.rooms[tier].evicted
+        available = self.index.stats().tiers[tier].available
+        got = self.index.reserve(tier, n, at_least=at_least)
+        self.after_evictions(
+            tier, self.index._tree.rooms[tier].evicted - before, got.victims if got else self.keys_gone(tier)
+        )
+        if got is None:
+            assert available < at_least, "less was available than promised"
+            assert not self.evictable(tier) and self.free_room(tier) < at_least
+            return None
+        assert got.evicted == max(0, got.count - possible) and (got.count == n or not self.evictable(tier))
+        assert len(got.places) == (got.count if PLACED[tier] else 0)
+        self.reserved.append(got)
+        return got
+
+    def keys_gone(self, tier: int) -> list[Key]:
+        now = held_by(self.index)[tier]
+        return [key_of(path) for path in self.held[tier] if path not in now and not PLACED[tier]]
+
+    def promise(self, lease: Lease, path: Path) -> Promise:
+        promise = Promise(lease, path)
+        self.leases.append(promise)
+        return self.renew(promise)
+
+    def renew(self, promise: Promise) -> Promise:
+        """Ask the lease for its sources; from now on they are promised."""
+        lease, path = promise.lease, promise.path
+        assert lease.num_blocks == len(path) - 1 and lease.tokens(0, lease.num_blocks) == b"".join(path[1:])
+        end = 0
+        for tier, lo, hi in lease.sources():
+            assert lo == end < hi
+            end = hi
+            if PLACED[tier]:
+                assert lease.places(tier, lo, hi) == [self.held[tier][path[: at + 2]] for at in range(lo, hi)]
+            for at in range(lo, hi):
+                part = path[: at + 2]
+                assert tier == min(each for each in TIERS if part in self.held[each])
+                promise.kept[tier, part] = self.held[tier][part]
+        assert end == lease.num_blocks or not self.anywhere(path[: end + 2])
+        return promise
+
+    def pick(self, data: st.DataObject) -> Promise:
+        return data.draw(st.sampled_from(self.leases), label="lease")
+
+    # -- rules -----------------------------------------------------------------------------------------------------
+
+    @initialize(shape=st.sampled_from(SHAPES), keep=st.booleans())
+    def begin(self, shape: list[list[tuple[int, int]]], keep: bool) -> None:
+        """Start where chance alone seldom gets: branches of branches, and paths of different age."""
+        for blocks in shape:
+            self.acquire(ROOTS[0], blocks, ())
+            promise = self.leases[-1]
+            self.save_after(promise, blocks[promise.lease.num_blocks :])
+            if not keep:
+                self.release_one(promise)
+
+    @rule(root=st.sampled_from(ROOTS), blocks=blocks_of, tail=tails)
+    def match(self, root: Key, blocks: Any, tail: Any) -> None:
+        tokens = tokens_of(blocks, tail)
+        found = self.index.match(root, tokens)
+        hit = self.hit(path_of(root, tokens))
+        assert found.num_blocks == len(hit) - 1
+        rest = tokens[found.num_blocks * BLOCK_BYTES :]
+        assert found.num_tokens == found.num_blocks * BLOCK_TOKENS + self.head_tokens(hit, rest)
+
+    @precondition(lambda self: len(self.leases) < 5)
+    @rule(root=st.sampled_from(ROOTS), blocks=blocks_of, tail=tails)
+    def acquire(self, root: Key, blocks: Any, tail: Any) -> None:
+        tokens = tokens_of(blocks, tail)
+        lease = self.index.acquire(root, tokens)
+        hit = self.hit(path_of(root, tokens))
+        self.touch(hit)
+        assert lease.num_blocks == len(hit) - 1
+        shared = self.head_tokens(hit, tokens[lease.num_blocks * BLOCK_BYTES :])
+        assert (lease.head.num_tokens if lease.head else 0) == shared
+        self.promise(lease, hit)
+        if lease.head:
+            run = lease.head_run()
+            path = (*hit, run.tokens)
+            assert run.keys == (key_of(path),) and run.depth == lease.num_blocks
+            assert run.parent == (key_of(hit) if len(hit) > 1 else root)
+            source = lease.head_source()
+            assert source and self.held[source[0]][path] == source[1]
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), blocks=blocks_of, same=chance)
+    def save(self, data: st.DataObject, blocks: Any, same: int) -> None:
+        """An engine computed what follows: its pages become the index's."""
+        promise = self.pick(data)
+        self.save_after(promise, [(0, 1)] * (same // 2) if same > 3 else blocks[:3])
+
+    def save_after(self, promise: Promise, blocks: Any) -> None:
+        lease = promise.lease
+        got = self.reserve(0, len(blocks), at_least=0)
+        assert got
+        self.reserved.remove(got)
+        tokens = tokens_of(blocks[: got.count])
+        path = promise.path + path_of(promise.path[0], tokens)[1:]
+        pending = self.pending(0)
+        taken = self.index.extend(lease, tokens, tier=0, places=got.places)
+        start = len(promise.path) - 1
+        for at, (place, mine) in enumerate(zip(got.places, taken, strict=True)):
+            part = path[: start + at + 2]
+            assert mine == (part not in self.held[0] and part not in pending)
+            if mine:
+                self.held[0][part] = place
+        self.index.free(0, [place for place, mine in zip(got.places, taken, strict=True) if not mine])
+        if got.count:
+            self.touch(path, start)
+        promise.path = path
+        self.renew(promise)
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), blocks=blocks_of, known=st.booleans())
+    def expect_from_elsewhere(self, data: st.DataObject, blocks: Any, known: bool) -> None:
+        """A shared tier has what follows: ghosts first, then a copy."""
+        promise = self.pick(data)
+        tokens = tokens_of(blocks[:3])
+        path = promise.path + path_of(promise.path[0], tokens)[1:]
+        keys = [key_of(path[: size + 1]) for size in range(len(promise.path), len(path))]
+        assert not any(self.index.extend(promise.lease, tokens, keys=keys if known else None))
+        if tokens:
+            self.touch(path, len(promise.path) - 1)
+        promise.path = path
+        self.renew(promise)
+
+    @precondition(lambda self: self.leases and len(self.copies) < 3)
+    @rule(data=st.data(), tier=st.sampled_from(TIERS))
+    def begin_copy(self, data: st.DataObject, tier: int) -> None:
+        promise = self.pick(data)
+        lo = data.draw(st.integers(0, promise.lease.num_blocks))
+        hi = data.draw(st.integers(lo, promise.lease.num_blocks))
+        pending = self.pending(tier)
+        wanted = [at for at in range(lo, hi) if promise.path[: at + 2] not in pending | self.held[tier].keys()]
+        before = self.index._tree.rooms[tier].evicted
+        copy = self.index.begin_copy(promise.lease, tier, lo, hi)
+        evicted = self.index._tree.rooms[tier].evicted - before
+        assert copy is not None or not evicted
+        if copy is None:
+            assert not wanted or self.free_room(tier) == 0
+            return
+        # What is above the blocks, in this tier, must not make the room.
+        guard = Promise(promise.lease, promise.path[: wanted[-1] + 2])
+        self.copies.append((copy, promise.path))
+        kept = {part for part in above(guard.path)} & self.held[tier].keys()
+        self.copies.pop()
+        self.after_evictions(tier, evicted, copy.victims)
+        assert kept <= self.held[tier].keys(), "room was made above the copy"
+        assert copy.blocks == wanted[: len(copy.blocks)]
+        assert len(copy.places) == (len(copy.blocks) if PLACED[tier] else 0)
+        self.copies.append((copy, promise.path))
+        assert len(copy.blocks) == len(wanted) or self.free_room(tier) == 0
+
+    @precondition(lambda self: self.copies)
+    @rule(data=st.data(), bad=chance)
+    def commit_copy(self, data: st.DataObject, bad: int) -> None:
+        number = data.draw(st.integers(0, len(self.copies) - 1))
+        copy, path = self.copies.pop(number)
+        ok = [at != bad and bad != 1 for at in range(len(copy.blocks))]
+        if any(ok):
+            self.index.commit_copy(copy, ok)
+        else:
+            self.index.abort(copy)
+        for at, (block, good) in enumerate(zip(copy.blocks, ok, strict=True)):
+            if good:
+                self.held[copy.tier][path[: block + 2]] = copy.places[at] if PLACED[copy.tier] else None
+        self.index.abort(copy)  # a second end changes nothing
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        self.release_one(self.pick(data))
+
+    def release_one(self, promise: Promise) -> None:
+        self.leases.remove(promise)
+        promise.lease.release()
+        promise.lease.release()
+
+    @precondition(lambda self: self.leases and len(self.leases) < 5)
+    @rule(data=st.data(), tier=st.sampled_from(TIERS), part=st.booleans())
+    def fork_or_share(self, data: st.DataObject, tier: int, part: bool) -> None:
+        promise = self.pick(data)
+        if not part:
+            self.promise(promise.lease.fork(), promise.path)
+            return
+        hi = data.draw(st.integers(0, promise.lease.num_blocks))
+        lo = data.draw(st.integers(0, hi))
+        other = promise.lease.share(lo, hi, tier)
+        assert other.lo == lo and other.num_blocks == hi
+        shared = Promise(other, promise.path[: hi + 1])
+        self.leases.append(shared)
+        parts = [promise.path[: at + 2] for at in range(lo, hi)]
+        if all(each in self.held[tier] for each in parts):
+            shared.kept = {(tier, each): self.held[tier][each] for each in parts}
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def shrink(self, data: st.DataObject) -> None:
+        promise = self.pick(data)
+        count = data.draw(st.integers(0, promise.lease.num_blocks))
+        promise.lease.shrink(count)
+        promise.path = promise.path[: count + 1]
+        promise.kept = {}
+        assert promise.lease.head is None
+        self.renew(promise)
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), tier=st.sampled_from(TIERS))
+    def shorten_pins(self, data: st.DataObject, tier: int) -> None:
+        promise = self.pick(data)
+        promise.lease.shorten_pins(tier)
+        promise.kept = {(tier, part): self.held[tier][part] for part in above(promise.path) if part in self.held[tier]}
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), tier=st.sampled_from(TIERS))
+    def drop(self, data: st.DataObject, tier: int) -> None:
+        promise = self.pick(data)
+        head = promise.lease.head
+        limit = promise.lease.num_blocks + (1 if head else 0)
+        bad = data.draw(st.sets(st.integers(0, max(limit - 1, 0)), max_size=2))
+        head_path = self.strand_path(head.strand, head.block + 1) if head else ()
+        path = promise.path
+        places = self.limbo(tier)
+        self.index.drop(tier, promise.lease, sorted(bad))
+        gone = {path[: at + 2] for at in bad if at < len(path) - 1}
+        if head and len(head_path) - 2 in bad and len(head_path) - 2 >= len(path) - 1:
+            gone.add(head_path)
+        gone &= self.held[tier].keys()
+        places += [place for part in gone if (place := self.held[tier].pop(part)) is not None]
+        assert sorted(self.limbo(tier)) == sorted(places)
+        for other in self.leases:
+            for part in gone:
+                other.kept.pop((tier, part), None)
+
+    @rule(tier=st.sampled_from(TIERS), n=st.integers(0, 9))
+    def evict(self, tier: int, n: int) -> None:
+        possible = len(self.held[tier])
+        got = self.index.evict(tier, None if n == 9 else n)
+        self.after_evictions(tier, got.evicted, got.victims)
+        assert got.count == 0 and not got.places
+        assert got.evicted == (possible if n == 9 else n) or not self.evictable(tier)
+
+    @precondition(lambda self: len(self.reserved) < 2)
+    @rule(tier=st.sampled_from(TIERS), n=st.integers(0, 4), slack=st.integers(0, 2))
+    def keep_room(self, tier: int, n: int, slack: int) -> None:
+        self.reserve(tier, n, at_least=max(0, n - slack))
+
+    @precondition(lambda self: self.reserved)
+    @rule()
+    def free_room_again(self) -> None:
+        got = self.reserved.pop()
+        self.index.free(got.tier, got.places, count=got.count)
+
+    @precondition(lambda self: len(self.leases) < 3)
+    @rule(edge=st.sampled_from([(0, 1), (0, 2), (1, 2)]), n=st.integers(1, 5), keep=st.booleans())
+    def spill(self, edge: tuple[int, int], n: int, keep: bool) -> None:
+        tier, below = edge
+        free_to_go = set(self.evictable(tier))
+        taboo = self.pending(below) | self.held[below].keys()
+        oldest = sorted(self.stamps[path] for path in free_to_go)[:2]
+        first = {path for path in free_to_go if [self.stamps[path]] == oldest[:1]}
+        leases = self.index.spill(tier, below, n)
+        paths = []
+        for lease in leases:
+            path = self.strand_path(lease._strand, lease._end)
+            paths += [path[: at + 2] for at in range(lease.lo, lease.num_blocks)]
+            self.leases.append(Promise(lease, path))
+            self.leases[-1].kept = {
+                (tier, part): self.held[tier][part] for part in above(path) if part in self.held[tier]
+            }
+        assert len(paths) == len(set(paths)) <= n and not taboo & set(paths) and set(paths) <= self.held[tier].keys()
+        if self.exact and len(set(oldest)) == len(oldest) and not first <= taboo:
+            assert first <= set(paths), "the next victim was not offered"
+        for lease in leases if not keep else ():
+            lease.release()
+        self.leases = [promise for promise in self.leases if not promise.lease.released]
+
+    @rule(data=st.data(), root=st.sampled_from(ROOTS), prompts=st.lists(blocks_of, min_size=1, max_size=3), torn=chance)
+    def restore(self, data: st.DataObject, root: Key, prompts: Any, torn: int) -> None:
+        """The disk tells what it still holds: runs of any cut, in any order."""
+        paths = {part for blocks in prompts for part in above(path_of(root, tokens_of(blocks)))}
+        runs = []
+        for number, path in enumerate(sorted(paths)):
+            if any(path[: size + 1] not in paths for size in range(1, len(path) - 1)):
+                continue
+            key = key_of(path)
+            parent = key_of(path[:-1]) if len(path) > 2 else root
+            tokens = path[-1] if torn != 3 or number else b"\1\0\0\0\1\0\0\0"
+            runs.append(Run(root, parent, len(path) - 2, (key,), tokens))
+        runs = data.draw(st.permutations(runs))
+        by_key = {key_of(path): path for path in paths}
+        room = self.free_room(2)
+        known = self.in_tree()
+        orphans = {key for run in self.index.restore(2, runs) for key in run.keys}
+        now = held_by(self.index)[2]
+        for run in runs:
+            path = by_key[run.keys[0]]
+            if path in now and path not in self.held[2]:
+                self.held[2][path] = None
+                room -= 1
+                assert run.tokens == path[-1], "took in tokens that are not the key's"
+                if path not in known:
+                    self.stamps[path], self.uses[path] = 0, 1  # on disk it was not for nothing
+            assert (run.keys[0] in orphans) == (
+                path not in now and path not in self.pending(2) or run.tokens != path[-1]
+            )
+        assert room >= 0
+        for run in runs if room else ():
+            path = by_key[run.keys[0]]
+            if run.keys[0] in orphans and run.tokens == path[-1]:
+                assert len(path) > 2 and path[:-1] not in now, "refused in spite of room and parent"
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), tier=st.sampled_from(TIERS))
+    def ask(self, data: st.DataObject, tier: int) -> None:
+        promise = self.pick(data)
+        lease, path = promise.lease, promise.path
+        taken = self.pending(tier) | self.held[tier].keys()
+        missing = [at for at in range(lease.num_blocks) if path[: at + 2] not in taken]
+        assert [at for lo, hi in lease.missing(tier) for at in range(lo, hi)] == missing
+        again = [at for lo, hi in lease.second_use(tier) for at in range(lo, hi)]
+        # Following a known block counts its whole path once more: a hint may be generous, not forgetful.
+        assert {at for at in missing if self.uses[path[: at + 2]] > 1} <= set(again) <= set(missing)
+        lo = data.draw(st.integers(0, lease.num_blocks))
+        run = lease.run(lo, lease.num_blocks)
+        assert list(run.keys) == [key_of(path[: at + 2]) for at in range(lo, lease.num_blocks)]
+        assert run.parent == (key_of(path[: lo + 1]) if lo else path[0]) and run.root == path[0]
+        assert run.tokens == b"".join(path[lo + 1 :]) and run.depth == lo
+
+    # -- what always holds -----------------------------------------------------------------------------------------
+
+    @invariant()
+    def agrees_with_the_model(self) -> None:
+        self.failed = True
+        assert held_by(self.index) == self.held
+        self.index.check([promise.lease for promise in self.leases], [copy for copy, _ in self.copies])
+        stats = self.index.stats()
+        assert stats.num_blocks == len(self.in_tree())
+        assert stats.num_leases == len(self.leases)
+        for tier in TIERS:
+            assert stats.tiers[tier].held == len(self.held[tier])
+            assert stats.tiers[tier].used == CAPACITY[tier] - self.free_room(tier)
+
+    @invariant()
+    def promises_are_kept(self) -> None:
+        for promise in self.leases:
+            for (tier, part), place in promise.kept.items():
+                assert self.held[tier].get(part, "gone") == place
+        self.failed = False
+
+    def teardown(self) -> None:
+        if self.failed:
+            return
+        for copy, _ in self.copies:
+            self.index.abort(copy)
+        for promise in self.leases:
+            promise.lease.release()
+        for got in self.reserved:
+            self.index.free(got.tier, got.places, count=got.count)
+        for tier in TIERS:
+            self.index.evict(tier)
+        self.index.check([])
+        stats = self.index.stats()
+        assert stats.num_blocks == stats.num_strands == 0 and not self.index._tree.roots
+        assert all(tier.used == 0 for tier in stats.tiers)
+
+
+def run(machine: type[IndexMachine], examples: int, **options: Any) -> None:
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=30,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            database=None,
+            print_blob=True,
+            report_multiple_bugs=False,
+            **options,
+        ),
+    )
+
+
+def test_index_agrees_with_a_model_of_dicts() -> None:
+    run(IndexMachine, 1500)
+
+
+@pytest.mark.parametrize("name", ["lfu", "cost"])
+def test_index_keeps_its_promises_under_other_policies(name: str) -> None:
+    cost = CostModel(block_tokens=BLOCK_TOKENS, block_bytes=64)
+
+    class Machine(IndexMachine):
+        policy = staticmethod(lambda tier: make(name, tier=tier, cost=cost, next_tier=tier + 1 if tier < 2 else None))
+        exact = False
+
+    run(Machine, 150)
+
+
+# -- planted faults: (what breaks, where, what is put there given what was there) ---------------------------------------
+
+
+def _cover_all(old: Any) -> Any:
+    return lambda self, end, value: old(self, max(end, -self._ends[0]), value)
+
+
+def _trim_without_children(old: Any) -> Any:
+    def trim(self: tree.Tree, strand: strands.Strand) -> None:
+        children = strand.children
+        strand.children = None if strand.parent else children
+        old(self, strand)
+        strand.children = children
+
+    return trim
+
+
+def _wake_without_floor(old: Any) -> Any:
+    def wake(self: tree.Tree, strand: strands.Strand, tier: int) -> None:
+        old(self, strand, tier)
+        holding = strand.parent.holdings[tier] if strand.parent else None
+        if holding:
+            holding.floor = 0
+
+    return wake
+
+
+def _wake_the_parent_only(old: Any) -> Any:
+    def wake(self: tree.Tree, strand: strands.Strand, tier: int) -> None:
+        parent = strand.parent
+        grandparent, parent.parent.parent = parent.parent.parent, None  # type: ignore[union-attr]
+        old(self, strand, tier)
+        parent.parent.parent = grandparent  # type: ignore[union-attr]
+
+    return lambda self, strand, tier: (wake if strand.parent and strand.parent.parent else old)(self, strand, tier)
+
+
+def _absent_counts_pending(old: Any) -> Any:
+    def absent(self: strands.Holding, lo: int, hi: int) -> Any:
+        plain = strands.Holding(placed=False)
+        plain.state = self.state.replace(b"\2", b"\0")
+        return old(plain, lo, hi)
+
+    return absent
+
+
+def _drop_frees_at_once(old: Any) -> Any:
+    def drop(self: Index, tier: int, lease: Lease, blocks: Any) -> None:
+        old(self, tier, lease, blocks)
+        for _, room, places in self._limbo:
+            room.give_back(places, len(places))
+        self._limbo = []
+
+    return drop
+
+
+def _forget_keeps_the_place(old: Any) -> Any:
+    def forget(self: tree.Tree, strand: strands.Strand, lo: int, hi: int, tier: int) -> list[int]:
+        places = old(self, strand, lo, hi, tier)
+        return places[:1] * len(places)
+
+    return forget
+
+
+def _grow_hangs_too_deep(old: Any) -> Any:
+    def grow(self: tree.Tree, strand: strands.Strand, end: int, tokens: bytes) -> Any:
+        return old(self, strand, strand.size if strand.parent else end, tokens)
+
+    return grow
+
+
+FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
+    "unpin leaves the pin": (tree.Tree, "unpin", lambda old: lambda *_: None),
+    "a second pin is not counted": (
+        tree.Tree,
+        "pin",
+        lambda old: (
+            lambda self, strand, end, tier: (
+                None if (h := strand.holdings[tier]) and end in (h.pins or ()) else old(self, strand, end, tier)
+            )
+        ),
+    ),
+    "a lease pins nothing": (Lease, "_pin", lambda old: lambda self, tiers, **_: None),
+    "the floor is not raised": (tree.Tree, "_wake", _wake_without_floor),
+    "only the parent hears of new blocks": (tree.Tree, "_wake", _wake_the_parent_only),
+    "a parent is not offered when its child goes": (tree.Tree, "offer", lambda old: lambda *_: None),
+    "a place is freed twice": (tree.Tree, "forget", _forget_keeps_the_place),
+    "a ghost is pruned although it has children": (tree.Tree, "trim", _trim_without_children),
+    "nothing is ever pruned": (tree.Tree, "trim", lambda old: lambda *_: None),
+    "a failed copy is committed": (
+        Index,
+        "commit_copy",
+        lambda old: lambda self, copy, ok: old(self, copy, [True] * len(ok)),
+    ),
+    "a copy pins nothing above it": (
+        Index,
+        "begin_copy",
+        lambda old: (
+            lambda self, lease, tier, lo, hi: (
+                lambda got: got and (self._tree.unpin(got.segments[-1][0], got.segments[-1][2], tier) or got)
+            )(old(self, lease, tier, lo, hi))
+        ),
+    ),
+    "a block is copied twice at once": (strands.Holding, "absent", _absent_counts_pending),
+    "a use refreshes the tail that did not match": (strands.Steps, "cover", _cover_all),
+    "all of a strand goes at once": (LruPolicy, "start", lambda old: lambda self, strand, block: 0),
+    "most recently used goes first": (
+        LruPolicy,
+        "worth",
+        lambda old: lambda self, strand, block: -old(self, strand, block),
+    ),
+    "a child's keys begin at the root": (
+        strands.Strand,
+        "key",
+        lambda old: lambda self, block: old(self, block) if block >= 0 or not self.parent.at else Key(b"a" * 32),
+    ),
+    "ghosts match": (tree.Tree, "held", lambda old: lambda self, path: old(self, list(path))),
+    "a faster tier is overlooked": (strands.Holding, "first", lambda old: lambda self, lo, hi: hi),
+    "a dropped place is given out under a reader": (Index, "drop", _drop_frees_at_once),
+    "a branch hangs at the end": (tree.Tree, "grow", _grow_hangs_too_deep),
+    "the first neighbour is the nearest": (
+        strands.Fork,
+        "nearest",
+        lambda old: lambda self, start: (self.by_first[first] for first in self.order),
+    ),
+    "peeking loses the victims": (
+        Index,
+        "spill",
+        lambda old: (
+            lambda self, tier, below, n: (
+                [self._tree.rooms[tier].policy.pop() for _ in range(n)],
+                old(self, tier, below, n),
+            )[1]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, name, plant = FAULTS[fault]
+    monkeypatch.setattr(where, name, plant(getattr(where, name)))
+    with pytest.raises((AssertionError, LookupError, ValueError)):
+        run(IndexMachine, 600, phases=(Phase.generate,), derandomize=True)
