@@ -105,6 +105,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.copies: list[tuple[Copy, Path]] = []
         self.reserved: list[Reservation] = []
         self.clock = 0
+        self.failed = True  # until an invariant has said otherwise
 
     # -- the model -------------------------------------------------------------------------------------------------
 
@@ -346,7 +347,7 @@ class IndexMachine(RuleBasedStateMachine):
         # What is above the blocks, in this tier, must not make the room.
         guard = Promise(promise.lease, promise.path[: wanted[-1] + 2])
         self.copies.append((copy, promise.path))
-        kept = {part for part in above(guard.path)} & self.held[tier].keys()
+        kept = set(above(guard.path)) & self.held[tier].keys()
         self.copies.pop()
         self.after_evictions(tier, evicted, copy.victims)
         assert kept <= self.held[tier].keys(), "room was made above the copy"
@@ -506,7 +507,7 @@ class IndexMachine(RuleBasedStateMachine):
                 if path not in known:
                     self.stamps[path], self.uses[path] = 0, 1  # on disk it was not for nothing
             assert (run.keys[0] in orphans) == (
-                path not in now and path not in self.pending(2) or run.tokens != path[-1]
+                (path not in now and path not in self.pending(2)) or run.tokens != path[-1]
             )
         assert room >= 0
         for run in runs if room else ():
@@ -714,7 +715,9 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "a child's keys begin at the root": (
         strands.Strand,
         "key",
-        lambda old: lambda self, block: old(self, block) if block >= 0 or not self.parent.at else Key(b"a" * 32),
+        lambda old: (
+            lambda self, block: old(self, block) if block >= 0 or not self.parent or not self.at else Key(b"a" * 32)
+        ),
     ),
     "ghosts match": (tree.Tree, "held", lambda old: lambda self, path: old(self, list(path))),
     "a faster tier is overlooked": (strands.Holding, "first", lambda old: lambda self, lo, hi: hi),
