@@ -9,6 +9,7 @@ What must not live here: which slot holds what.
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import struct
@@ -34,6 +35,7 @@ class ShardLost(OSError):
     """A shard file was removed, replaced or cut behind our back: what it held is gone. Never leaves the disk tier."""
 
 
+@functools.cache
 def shard_index(slots: int, layout: Layout) -> bytes:
     """The index at the end of a shard file that holds the first `slots` of its 64 places."""
     stride, size = stride_of(layout), layout.block_bytes

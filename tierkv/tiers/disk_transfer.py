@@ -19,8 +19,14 @@ from tierkv.tiers.disk_slots import Place
 
 _MAX_VIEWS: Final = 512
 """Blocks in one call: the system takes 1,024 buffers, and there may be padding between blocks."""
-PIECE_BYTES: Final = 8 << 20
-"""Most that one call moves: enough for full speed, little enough that verification and deadlines keep up with it."""
+PIECE_BYTES: Final = 32 << 20
+"""Most that one call moves: few calls, since the device is idle between them, and some 10 ms of deadline at most."""
+AHEAD_BYTES: Final = 8 << 20
+"""The same where pieces move on an executor while earlier ones are verified."""
+AHEAD_PIECES: Final = 2
+"""How many of them are given to the executor beyond the one that is looked at: it never waits for us."""
+BOUNCE_BYTES: Final = 4 << 20
+"""The same for buffers that O_DIRECT does not take: each call under way holds one such buffer, or a few."""
 
 Piece = list[Place]
 T = TypeVar("T")
@@ -80,19 +86,21 @@ class Transfer:
     ) -> None:
         self._shards, self._verify, self._executor, self._clock = shards, verify, executor, clock
         self._block_bytes, self._stride = layout.block_bytes, shards.stride
-        self._most = max(1, min(PIECE_BYTES // self._stride, _MAX_VIEWS))
-        self._buffers = Buffers(self._most * self._stride)
+        self._most = self._blocks(PIECE_BYTES if executor is None else AHEAD_BYTES)
+        self._most_bounced = self._blocks(BOUNCE_BYTES)
+        self._buffers = Buffers(self._most_bounced * self._stride)
 
     def read(self, places: Sequence[Place], keys: Sequence[Key], outs: Sequence[memoryview], *, end: float) -> Loaded:
         """Bring held places into `outs`, verified. places: by slot.  end: on the clock; what is not begun by then is late."""
         result = Loaded()
-        pieces = list(self._pieces(places))
-        for piece, fetched in zip(
-            pieces, self._ahead(lambda piece: self._fetch(piece, outs), pieces, end), strict=True
-        ):
-            if fetched is None:
+        fits = self._fits([outs[place.position] for place in places])
+        pieces = list(self._pieces(places, self._most if fits else self._most_bounced))
+        fetch = self._fetch if fits else self._fetch_bounced
+        for piece, fetching in self._ahead(lambda piece: fetch(piece, outs), pieces, end):
+            if fetching is None:
                 result.miss(Miss.LATE, piece)
                 continue
+            fetched = fetching()
             if fetched.error is not None:
                 lost = isinstance(fetched.error, ShardLost)
                 if lost:
@@ -120,15 +128,18 @@ class Transfer:
 
     def _fetch(self, piece: Piece, outs: Sequence[memoryview]) -> _Fetched:
         views = [outs[place.position] for place in piece]
-        buffer = None
-        if not self._fits(views):
-            buffer = self._buffers.take()
-            views = self._slices(buffer, len(piece))
+        try:
+            return _Fetched(views, None, self._shards.read(piece[0].slot, views), None)
+        except OSError as error:
+            return _Fetched([], None, 0, error)
+
+    def _fetch_bounced(self, piece: Piece, outs: Sequence[memoryview]) -> _Fetched:
+        buffer = self._buffers.take()
+        views = self._slices(buffer, len(piece))
         try:
             return _Fetched(views, buffer, self._shards.read(piece[0].slot, views), None)
         except OSError as error:
-            if buffer is not None:
-                self._buffers.give(buffer)
+            self._buffers.give(buffer)
             return _Fetched([], None, 0, error)
 
     def write(
@@ -137,14 +148,18 @@ class Transfer:
         """Put blocks into reserved places and sync them. places: by slot."""
         result = Stored()
         written: dict[int, list[Place]] = {}
-        for piece in self._pieces(places):
-            if self._clock() >= end:
+        fits = self._fits([blocks[place.position] for place in places])
+        store = self._store if fits else self._store_bounced
+        pieces = list(self._pieces(places, self._most if fits else self._most_bounced))
+        for piece, storing in self._ahead(lambda piece: store(piece, blocks), pieces, end):
+            if storing is None:
                 result.drop("late", len(piece))
                 continue
             shard = piece[0].slot // SHARD_SLOTS
-            storing = self._submit(partial(self._store, piece, blocks))
-            sealed = [place._replace(checksum=digest(blocks[place.position], keys[place.position])) for place in piece]
-            error = storing()
+            try:
+                sealed = [Place(slot, at, digest(blocks[at], keys[at])) for slot, at, _ in piece]
+            finally:
+                error = storing()
             if error is None:
                 written.setdefault(shard, []).extend(sealed)
             else:
@@ -158,19 +173,23 @@ class Transfer:
         return result
 
     def _store(self, piece: Piece, blocks: Sequence[memoryview]) -> OSError | None:
-        views = [blocks[place.position] for place in piece]
         try:
             self._shards.make(piece[0].slot // SHARD_SLOTS)
-            if self._fits(views):
-                self._shards.write(piece[0].slot, views)
-                return None
-            with self._buffers.lent() as buffer:
-                slices = self._slices(buffer, len(piece))
-                for view, part in zip(views, slices, strict=True):
-                    part[: view.nbytes] = view
-                self._shards.write(piece[0].slot, slices)
+            self._shards.write(piece[0].slot, [blocks[place.position] for place in piece])
         except OSError as error:
             return error
+        return None
+
+    def _store_bounced(self, piece: Piece, blocks: Sequence[memoryview]) -> OSError | None:
+        with self._buffers.lent() as buffer:
+            slices = self._slices(buffer, len(piece))
+            for place, part in zip(piece, slices, strict=True):
+                part[: self._block_bytes] = blocks[place.position]
+            try:
+                self._shards.make(piece[0].slot // SHARD_SLOTS)
+                self._shards.write(piece[0].slot, slices)
+            except OSError as error:
+                return error
         return None
 
     def _not_stored(self, error: OSError, shard: int, count: int, result: Stored) -> None:
@@ -186,43 +205,45 @@ class Transfer:
         """Can these buffers go to the file as they are?"""
         return not self._shards.direct or (self._block_bytes % ALIGNMENT == 0 and all(map(aligned, views)))
 
+    def _blocks(self, size: int) -> int:
+        return max(1, min(size // self._stride, _MAX_VIEWS))
+
     def _slices(self, buffer: memoryview, count: int) -> list[memoryview]:
         return [buffer[at * self._stride : (at + 1) * self._stride] for at in range(count)]
 
-    def _pieces(self, places: Sequence[Place]) -> Iterator[Piece]:
+    def _pieces(self, places: Sequence[Place], most: int) -> Iterator[Piece]:
         piece: Piece = []
         for place in places:
             slot = place.slot
-            if piece and (slot != piece[-1].slot + 1 or slot % SHARD_SLOTS == 0 or len(piece) == self._most):
+            if piece and (slot != piece[-1].slot + 1 or slot % SHARD_SLOTS == 0 or len(piece) == most):
                 yield piece
                 piece = []
             piece.append(place)
         if piece:
             yield piece
 
-    def _ahead(self, fetch: Callable[[Piece], T], pieces: Sequence[Piece], end: float) -> Iterator[T | None]:
-        """Fetch pieces in order, the next one while the caller works on this one; None for what would begin after `end`."""
+    def _ahead(
+        self, move: Callable[[Piece], T], pieces: Sequence[Piece], end: float
+    ) -> Iterator[tuple[Piece, Callable[[], T] | None]]:
+        """Yield each piece with a call that gives the result of moving it; None for what would begin after `end`.
+
+        With an executor, the next pieces move while the caller works on this one.
+        """
         if self._executor is None:
             for piece in pieces:
-                yield None if self._clock() >= end else fetch(piece)
+                yield piece, None if self._clock() >= end else partial(move, piece)
             return
-        waiting: deque[Future[T] | None] = deque()
+        waiting: deque[tuple[Piece, Future[T] | None]] = deque()
         try:
             for piece in pieces:
-                waiting.append(None if self._clock() >= end else self._executor.submit(fetch, piece))
-                if len(waiting) > 1:
-                    yield _result(waiting.popleft())
+                waiting.append((piece, None if self._clock() >= end else self._executor.submit(move, piece)))
+                if len(waiting) > AHEAD_PIECES:
+                    yield _result(*waiting.popleft())
             while waiting:
-                yield _result(waiting.popleft())
+                yield _result(*waiting.popleft())
         finally:
-            wait([future for future in waiting if future])  # the caller's buffers are in use until then
-
-    def _submit(self, call: Callable[[], T]) -> Callable[[], T]:
-        if self._executor is None:
-            result = call()
-            return lambda: result
-        return self._executor.submit(call).result
+            wait([future for _, future in waiting if future])  # the caller's buffers are in use until then
 
 
-def _result(future: "Future[T] | None") -> T | None:
-    return None if future is None else future.result()
+def _result(piece: Piece, future: "Future[T] | None") -> tuple[Piece, Callable[[], T] | None]:
+    return piece, None if future is None else future.result
