@@ -25,7 +25,6 @@ _KNOWN: Final = frozenset(
         "dropout",
         "is_causal",
         "logits_to_keep",
-        "output_attentions",
         "past_key_values",
         "position_ids",
         "use_cache",
@@ -134,7 +133,11 @@ def _attend(
 
 
 def _check_call(module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, others: dict[str, Any]) -> None:
-    unknown = [name for name, given in others.items() if name not in _KNOWN and given is not None]
+    unknown = [
+        name
+        for name, given in others.items()
+        if given is not None and name not in _KNOWN and not name.startswith("output_")
+    ]
     if unknown:
         raise ModelError(f"{type(module).__name__} asks its attention for {', '.join(unknown)}: not supported on pages")
     if others.get("is_causal") is False:

@@ -172,8 +172,7 @@ class Scheduler:
         if fresh is None:
             return False
         self._waiting.remove(sequence)
-        filled, rest = iter(fresh[:num_loaded]), fresh[num_loaded:]
-        sequence.pages = [next(filled) if page is None else page for page in hit.pages] + rest
+        sequence.pages = fresh  # its own, until `_start`: a hit's pages may be lost to others while it loads
         sequence.state = State.LOADING
         self._loading.append(sequence)
         sequence.load = self._connector.load(sequence.id, fresh[:num_loaded]) if hit.pages else None
@@ -186,10 +185,14 @@ class Scheduler:
         hit, load = sequence.hit, sequence.load
         assert hit is not None
         usable = min(_outcome(load), hit.num_tokens, len(sequence.tokens) - 1) if load else 0
+        own = iter(sequence.pages)
         kept = self._blocks(usable)
-        if any(page is not None for page in hit.pages[kept:]):  # the store's, and not pinned any more
-            self.ledger.drop(sequence.pages[kept:])
-            del sequence.pages[kept:]
+        pages = [next(own) if page is None else page for page in hit.pages[:kept]]
+        if all(page is None for page in hit.pages[kept:]):
+            pages.extend(own)
+        else:  # shared pages past what is usable are gone: the table ends here, and grows again as it is computed
+            self.ledger.drop(own)
+        sequence.pages = pages
         sequence.num_computed, sequence.num_offered = usable, 0
         sequence.hit = sequence.load = None
         if sequence.request.sources is None:
@@ -206,9 +209,7 @@ class Scheduler:
         if parent.state is not State.RUNNING or len(self._running) + len(self._loading) >= self._max_sequences:
             self.add(child)
             return
-        self.seal(
-            parent
-        )  # what the parent has pinned is pinned for the child, and nothing that both hold is offered later
+        self.seal(parent)  # so that no page is offered while both hold it
         self._connector.fork(parent.id, child.id)
         child.pages = parent.pages[: self._blocks(parent.num_computed)]
         self.ledger.share(child.pages)
@@ -225,9 +226,10 @@ class Scheduler:
         sequence.state = State.SUSPENDED
         last, offset = divmod(sequence.num_computed, self._block_tokens)
         tail = sequence.pages[last] if offset and sequence.pages[last] in self.ledger else None
-        self._moving.append(
-            (self._connector.suspend(sequence.id, tail=tail, num_tokens=sequence.num_computed), sequence)
-        )
+        # The store's pages may be somebody else's the moment it is told: keep only what is ours to drop.
+        sequence.pages = [page for page in sequence.pages if page in self.ledger]
+        moved = self._connector.suspend(sequence.id, tail=tail, num_tokens=sequence.num_computed)
+        self._moving.append((moved, sequence))
         self.settle()
 
     def finish(self, sequence: Sequence) -> None:
