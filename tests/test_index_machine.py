@@ -523,6 +523,9 @@ class IndexMachine(RuleBasedStateMachine):
         taken = self.pending(tier) | self.held[tier].keys()
         missing = [at for at in range(lease.num_blocks) if path[: at + 2] not in taken]
         assert [at for lo, hi in lease.missing(tier) for at in range(lo, hi)] == missing
+        held = [at for at in range(lease.num_blocks) if path[: at + 2] in self.held[tier]]
+        assert [at for lo, hi in lease.held(tier, 0, lease.num_blocks) for at in range(lo, hi)] == held
+        assert self.index.room(tier) == (self.free_room(tier), CAPACITY[tier])
         again = [at for lo, hi in lease.second_use(tier) for at in range(lo, hi)]
         # Following a known block counts its whole path once more: a hint may be generous, not forgetful.
         assert {at for at in missing if self.uses[path[: at + 2]] > 1} <= set(again) <= set(missing)
