@@ -203,8 +203,7 @@ class RedisTier(Tier):
         finally:
             with self._idle:
                 self._busy -= 1
-                if self._closed:
-                    self._idle.notify_all()
+                self._idle.notify_all()
 
     def _settled(self, names: Sequence[bytes], deadline: float, work: Work, moved: Moved) -> list[Outcome]:
         try:
@@ -223,7 +222,8 @@ class RedisTier(Tier):
     def _run(self, shares: Sequence[Share], outcomes: list[Outcome], deadline: float, work: Work) -> None:
         def run(share: Share) -> None:
             node, places = share
-            reason = self._converse(node, deadline, lambda wire: work(wire, places, outcomes))
+            with until(deadline):  # a thread of the executor has no bound of its own
+                reason = self._converse(node, deadline, lambda wire: work(wire, places, outcomes))
             if reason:
                 for at in places:
                     if outcomes[at] is State.OPEN:

@@ -8,8 +8,11 @@ Failures are exceptions of the standard library: TimeoutError, the deadline; Con
 the protocol. Either way the stream is out of step and the connection must be closed. An error *reply* is a value.
 """
 
+import math
 import socket
 import ssl
+import struct
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
@@ -22,6 +25,14 @@ WINDOW_COMMANDS: Final = 256
 """So that requests, or their replies, fit into the socket buffers while the other side is not reading: no deadlock."""
 _GATHER: Final = 512  # IOV_MAX is 1024
 _LINE_END: Final = b"\r\n"
+
+# On Linux a blocking receive with MSG_WAITALL and SO_RCVTIMEO is one call for a whole value, and waits no longer than that in
+# all. Elsewhere, and with TLS, Python polls before each piece. 8 x 360 KiB by unix socket: 9.0 against 8.0 GB/s (2-core AMD EPYC
+# VM, 2026-11-22).
+_KERNEL_WAITS: Final = sys.platform == "linux" and struct.calcsize("l") == 8
+_TIMEVAL: Final = struct.Struct("@ll")
+_SLACK_S: Final = 0.005
+"""A receive may be this late: so the time-out is not set anew for each."""
 
 
 class Refusal(str):
@@ -76,6 +87,7 @@ class SocketWire:
         self._end_view = memoryview(self._end)
         self._low = self._high = 0  # what has come but was not asked for yet: scratch[low:high]
         self._usual, self._usual_bytes = b"?", 0  # the last head of a value: the next one is probably the same
+        self._armed_s = math.inf  # seconds that a receive may wait; infinite: the socket is not set to block
         self.received = 0
 
     def _left(self) -> float:
@@ -90,6 +102,7 @@ class SocketWire:
         first = 0
         while first < len(left):
             self._sock.settimeout(self._left())
+            self._armed_s = math.inf
             sent = self._sock.send(left[first]) if self._tls else self._sock.sendmsg(left[first : first + _GATHER])
             while first < len(left) and sent >= len(left[first]):
                 sent -= len(left[first])
@@ -97,10 +110,27 @@ class SocketWire:
             if sent:
                 left[first] = left[first][sent:]
 
-    def _receive(self, into: list[memoryview]) -> int:
-        """Receive something into the first buffers."""
-        self._sock.settimeout(self._left())
-        got = self._sock.recv_into(into[0]) if self._tls else self._sock.recvmsg_into(into)[0]
+    def _receive(self, into: list[memoryview], *, flags: int = 0) -> int:
+        """Receive something into the first buffers; with MSG_WAITALL all of it, unless the deadline comes first."""
+        left = self._left()
+        if self._tls:
+            self._sock.settimeout(left)
+            got = self._sock.recv_into(into[0])
+        elif not _KERNEL_WAITS:
+            self._sock.settimeout(left)
+            got = self._sock.recvmsg_into(into)[0]
+        else:
+            if left < self._armed_s - _SLACK_S:
+                if self._armed_s == math.inf:
+                    self._sock.settimeout(None)
+                self._sock.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(int(left), int(left % 1 * 1e6))
+                )
+                self._armed_s = left
+            try:
+                got = self._sock.recvmsg_into(into, 0, flags)[0]
+            except BlockingIOError:
+                raise TimeoutError("the batch is past its deadline") from None
         if not got:
             raise ConnectionResetError("the server closed the connection")
         self.received += got
@@ -150,7 +180,7 @@ class SocketWire:
         return size
 
     def value(self, *parts: memoryview) -> None:
-        """Receive into the parts; what comes along of the next reply stays in scratch, at no extra call."""
+        """Receive into the parts, first what came along with the line before them."""
         todo = [*parts, self._end_view]
         low, high = self._low, self._high
         first = 0
@@ -164,14 +194,12 @@ class SocketWire:
                 todo[first] = todo[first][have:]
         self._low = low
         del todo[:first]
-        while todo:  # scratch is empty then
-            got = self._receive([*todo, self._view])
+        while todo:
+            got = self._receive(todo, flags=socket.MSG_WAITALL)
             while todo and got >= len(todo[0]):
                 got -= len(todo.pop(0))
             if todo:
                 todo[0] = todo[0][got:]
-            else:
-                self._low, self._high = 0, got
         if self._end != _LINE_END:
             raise ConnectionError("not RESP: a value that does not end where its length says")
 
