@@ -7,6 +7,7 @@ particular to one implementation stays in that one's tests.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -392,9 +393,9 @@ class FakeClock:
 
 
 class MemoryTier(Tier):
-    """Blocks in a dict: a real tier, for tests of what stands above tiers. `stored` is the tests' to damage.
+    """Blocks in a dict: a real tier, for tests of what stands above tiers, and the shortest example of the contract.
 
-    A copy is verified on reading, by the same rule as elsewhere: what is not as it was written is removed and counted.
+    stored: the tests' to damage. Not thread-safe beyond what a dict is; forgets everything at `close`.
     """
 
     name = "memory"
@@ -402,8 +403,7 @@ class MemoryTier(Tier):
     def __init__(self, *, metrics: Metrics, capacity_blocks: int = 1 << 20) -> None:
         self._metrics, self._capacity = metrics, capacity_blocks
         self.stored: dict[Key, bytes] = {}
-        self._sums: dict[Key, int] = {}
-        self.runs: list[Run] = []
+        self._known: dict[Key, tuple[int, Run]] = {}  # checksum, and the block as a run of its own
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         """As the interface says."""
@@ -411,51 +411,58 @@ class MemoryTier(Tier):
 
     def read(self, keys: Sequence[Key], outs: Sequence[memoryview], *, deadline_s: float | None = None) -> list[bool]:
         """As the interface says."""
-        return [self._read(key, out) for key, out in zip(keys, outs, strict=True)]
+        if deadline_s is not None and deadline_s <= 0:
+            self._metrics.misses.add(len(keys), self.name, Miss.LATE)
+            return [False] * len(keys)
+        start = time.monotonic()
+        came = [self._read(key, out) for key, out in zip(keys, outs, strict=True)]
+        self._metrics.load_seconds.observe(time.monotonic() - start, self.name)
+        return came
 
     def _read(self, key: Key, out: memoryview) -> bool:
         block = self.stored.get(key)
         if block is None:
             self._metrics.misses.add(1, self.name, Miss.ABSENT)
             return False
-        out[: len(block)] = block  # before the check, as from a disk: what is False may hold anything
-        if xxhash.xxh3_64_intdigest(block) != self._sums[key]:
+        out[: len(block)] = (
+            block  # before the check, as from a disk: where the answer is False, anything may be in `out`
+        )
+        if xxhash.xxh3_64_intdigest(block) != self._known[key][0]:
             self.delete([key])
             self._metrics.corrupt_blocks.add(1, self.name)
             self._metrics.misses.add(1, self.name, Miss.CORRUPT)
             return False
+        self._metrics.bytes_read.add(len(block), self.name)
         return True
 
     def write(self, run: Run, blocks: Sequence[memoryview], *, deadline_s: float | None = None) -> list[bool]:
         """As the interface says."""
-        written = []
-        for key, block in zip(run.keys, blocks, strict=True):
+        start = time.monotonic()
+        size = len(run.tokens) // max(1, len(run.keys))
+        parents = (run.parent, *run.keys)
+        for at, (key, block) in enumerate(zip(run.keys, blocks, strict=True)):
             if key not in self.stored and len(self.stored) < self._capacity:
+                alone = Run(run.root, parents[at], run.depth + at, (key,), run.tokens[at * size : (at + 1) * size])
                 self.stored[key] = bytes(block)
-                self._sums[key] = xxhash.xxh3_64_intdigest(self.stored[key])
-            written.append(key in self.stored)
-        self.runs.append(run)
-        return written
+                self._known[key] = (xxhash.xxh3_64_intdigest(self.stored[key]), alone)
+                self._metrics.bytes_written.add(len(block), self.name)
+        self._metrics.save_seconds.observe(time.monotonic() - start, self.name)
+        return self.contains(run.keys)
 
     def delete(self, keys: Sequence[Key]) -> None:
         """As the interface says."""
         for key in keys:
             self.stored.pop(key, None)
-            self._sums.pop(key, None)
+            self._known.pop(key, None)
 
     def scan(self) -> Iterator[Run]:
-        """As the interface says: runs of one block, in the order of writing."""
-        done: set[Key] = set()
-        for run in self.runs:
-            size = len(run.tokens) // len(run.keys)
-            for at, key in enumerate(run.keys):
-                if key in self.stored and key not in done:
-                    done.add(key)
-                    parent = run.keys[at - 1] if at else run.parent
-                    yield Run(run.root, parent, run.depth + at, (key,), run.tokens[at * size : (at + 1) * size])
+        """As the interface says: every block a run of its own, in the order of writing."""
+        return iter([run for _, run in self._known.values()])
 
     def close(self) -> None:
         """As the interface says."""
+        self._capacity = 0
+        self.delete(list(self.stored))
 
 
 class SharedMemoryTier(MemoryTier):

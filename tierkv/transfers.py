@@ -60,6 +60,15 @@ class Below:
         self.breaker.success()
         return answer
 
+    def forget(self, keys: Sequence[Key]) -> bool:
+        """Delete keys, so that their room may be used again; False if the tier broke."""
+        try:
+            self.tier.delete(keys)
+        except (TierError, OSError) as error:
+            self.breaker.failure(error)
+            return False
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class Places:
@@ -220,7 +229,7 @@ class Load:
         lost = [lo + at for at, ok in enumerate(came) if not ok]
         if lost and below.number is not None and self.places.clock() < self.deadline:
             # The tier has it no more, or has it broken: both it and the index forget it.
-            below.tier.delete([keys[block - lo] for block in lost])
+            below.forget([keys[block - lo] for block in lost])
             self.places.index.drop(below.number, self.lease, lost)
         return came
 
@@ -296,13 +305,10 @@ def _write_own(places: Places, below: Below, number: int, lease: Lease, lo: int,
         return
     written: dict[int, bool] = {}
     try:
-        if copy.victims:
-            below.tier.delete(copy.victims)
-        for first, last in _stretches(copy.blocks):
-            came = _write(places, below, lease.run(first, last), views[first - lo : last - lo])
-            written |= zip(range(first, last), came, strict=True)
-    except (TierError, OSError) as error:
-        below.breaker.failure(error)
+        if not copy.victims or below.forget(copy.victims):
+            for first, last in _stretches(copy.blocks):
+                came = _write(places, below, lease.run(first, last), views[first - lo : last - lo])
+                written |= zip(range(first, last), came, strict=True)
     finally:
         places.index.commit_copy(copy, [written.get(block, False) for block in copy.blocks])
 
