@@ -4,7 +4,8 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from tierkv.keys import Key
 from tierkv.layout import Layout
 from tierkv.metrics import Metrics
 from tierkv.testing import SMALL, TierContract, block_of, blocks_of, make_run, read_blocks
-from tierkv.tiers.base import Run, Tier
+from tierkv.tiers.base import Miss, Run, Tier
 from tierkv.tiers.disk import DiskTier
 from tierkv.tiers.disk_array import ALIGNMENT, SHARD_SLOTS, folder_bytes_for, stride_of
 from tierkv.tiers.disk_files import Files
@@ -83,6 +84,10 @@ class NoDirect(Files):
 
 class TestDiskTierWithoutDirectIO(TestDiskTier):
     options: ClassVar[dict[str, object]] = {"files": NoDirect()}
+
+
+class TestDiskTierWithAnExecutor(TestDiskTier):
+    options: ClassVar[dict[str, object]] = {"executor": ThreadPoolExecutor(2)}
 
 
 @pytest.fixture
@@ -330,7 +335,7 @@ class SlowReads(Files):
     def __init__(self) -> None:
         self.reached, self.go_on = threading.Event(), threading.Event()
 
-    def preadv(self, fd: int, views: list[memoryview], offset: int) -> int:  # type: ignore[override]  # as the tier calls it
+    def preadv(self, fd: int, views: Sequence[memoryview], offset: int) -> int:
         self.reached.set()
         assert self.go_on.wait(20)
         return super().preadv(fd, views, offset)
@@ -414,6 +419,52 @@ def test_buffers_of_another_size_are_refused(tier: DiskTier) -> None:
             tier.read(run.keys, [memoryview(bytearray(size))])
     with pytest.raises(LayoutError, match="tokens"):
         tier.write(Run(run.root, run.parent, 0, run.keys, b"1234"), blocks_of(run))
+
+
+class Timed(Files):
+    """Every transfer takes a second."""
+
+    seconds = 0.0
+
+    def preadv(self, fd: int, views: Sequence[memoryview], offset: int) -> int:
+        self.seconds += 1
+        return super().preadv(fd, views, offset)
+
+    def pwritev(self, fd: int, views: Sequence[memoryview], offset: int) -> int:
+        self.seconds += 1
+        return super().pwritev(fd, views, offset)
+
+
+def test_deadline_between_pieces_keeps_what_came_before_it(tmp_path: Path, metrics: Metrics) -> None:
+    files = Timed()
+    tier = open_tier(tmp_path, files=files, metrics=metrics, clock=lambda: files.seconds)
+    run = make_run(200, seed=1)  # four shards, a transfer each
+    assert all(tier.write(run, blocks_of(run)))
+    outs = [memoryview(bytearray(SMALL.block_bytes)) for _ in run.keys]
+    assert tier.read(run.keys, outs, deadline_s=1.5) == [True] * 128 + [False] * 72
+    assert [bytes(out) for out in outs[:128]] == [block_of(key) for key in run.keys[:128]]
+    assert metrics.misses.value("disk", Miss.LATE) == 72
+    tier.delete(run.keys)
+    assert tier.write(run, blocks_of(run), deadline_s=1.5) == [True] * 128 + [False] * 72
+    assert metrics.saves_dropped.value("disk", "late") == 72
+    assert read_blocks(tier, run.keys) == [block_of(key) for key in run.keys[:128]] + [None] * 72
+    tier.close()
+
+
+@pytest.mark.parametrize("layout", [SMALL, EVEN], ids=["padded", "even"])
+def test_pieces_ahead_land_where_they_belong(tmp_path: Path, layout: Layout) -> None:
+    with ThreadPoolExecutor(3) as executor:
+        several_shards(tmp_path, layout, executor)
+
+
+def several_shards(path: Path, layout: Layout, executor: Executor) -> None:
+    tier = open_tier(path, 700, layout, executor=executor)
+    run = make_run(700, seed=1, layout=layout)
+    assert all(tier.write(run, blocks_of(run, layout)))
+    flip(tier.path, run.keys[300], layout)
+    expected = [None if at == 300 else block_of(key, layout) for at, key in enumerate(run.keys)]
+    assert read_blocks(tier, run.keys, layout) == expected
+    tier.close()
 
 
 # --- what it tells ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -320,9 +321,10 @@ def life(path: Path, files: Files, metrics: Metrics) -> None:
 def test_a_failing_system_call_costs_blocks_and_nothing_else(tmp_path: Path, code: int) -> None:
     """Fail the n-th call, n = 1 … until none fires; a folder that life left behind is then opened, checked and used."""
     keys = make_run(70, seed=1).keys + make_run(30, seed=2).keys
+    open_tier(tmp_path / "new", 60).close()  # life grows it
     for at in range(1, 1000):
         path = tmp_path / str(at)
-        open_tier(path, 60).close()  # life grows it
+        shutil.copytree(tmp_path / "new", path)
         files, metrics = FaultyFiles(at, code), Metrics()
         refused = False
         try:
@@ -337,6 +339,7 @@ def test_a_failing_system_call_costs_blocks_and_nothing_else(tmp_path: Path, cod
         assert found(again, usable_run.keys) == 100
         again.close()
         assert folder_bytes(path / "disk") <= capacity(100)
+        shutil.rmtree(path)
         if files.calls < at:
             assert here == 70 and not refused
             break
