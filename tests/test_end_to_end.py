@@ -16,7 +16,7 @@ from tests.engine_models import FAMILIES, make_model, random_prompts, reference
 from tierkv.assembly import open_store
 from tierkv.config import Config, DeviceConfig, DiskConfig, HostConfig, RedisConfig, TransferConfig
 from tierkv.connectors.engine import EngineConnector
-from tierkv.engine import Engine, EngineConfig, SamplingParams
+from tierkv.engine import Engine, EngineConfig, SamplingParams, loading
 from tierkv.layout import Layout
 from tierkv.metrics import Metrics
 from tierkv.store import Store
@@ -58,6 +58,8 @@ def opened(
     url: str | None = None,
     chunk: int = 512,
     pages: int = 200,
+    host: int = 200,
+    disk_bytes: int = 16 << 20,
     transfer: TransferConfig | None = None,
     codec: str = "raw",
 ) -> Iterator[Setup]:
@@ -67,8 +69,8 @@ def opened(
     def connect(layout: Layout, device: torch.device, identity: str) -> EngineConnector:
         config = Config(
             device=DeviceConfig(capacity=pages * layout.block_bytes),
-            host=HostConfig(capacity=200 * layout.block_bytes),
-            disk=DiskConfig(path=disk, capacity=16 << 20),
+            host=HostConfig(capacity=host * layout.block_bytes),
+            disk=DiskConfig(path=disk, capacity=disk_bytes),
             redis=RedisConfig(url=url, deadline_s=1.0, codec=codec),
             transfer=transfer or TransferConfig(),
         )
@@ -200,6 +202,33 @@ def test_samples_of_one_prompt_share_its_pages(model: Any, prompts: Any) -> None
         setup.run(prompts)
         outputs = setup.engine.generate([prompts[-1]], params)
         assert [list(sample.token_ids) for sample in outputs[0].samples] == alone
+
+
+@pytest.mark.model
+@pytest.mark.redis
+@pytest.mark.parametrize("chunk", [192, 4096])
+def test_smollm2_says_the_same_from_every_tier(chunk: int, tmp_path: Path, valkey: EmbeddedValkey) -> None:
+    """Cold tokens are transformers' own: tests/test_engine_model.py. Here: eight at a time, cold and from each tier."""
+    model, tokenizer = loading.load("smollm2", EngineConfig(dtype="float32"))
+    text = tokenizer((Path(__file__).parents[1] / "LICENSE").read_text()).input_ids
+    lengths = [5, 9, 16, 17, 33, 64, 100, 257, 700, 1500]
+    prompts = [text[31 * number : 31 * number + length] for number, length in enumerate(lengths)]
+    with redis.Redis.from_url(valkey.url) as client:
+        client.flushall()
+    room: dict[str, Any] = {"chunk": chunk, "pages": 300, "host": 300, "disk_bytes": 512 << 20}
+    with opened(model, disk=tmp_path / "disk", url=valkey.url, **room) as setup:
+        cold = setup.run(prompts)
+        setup.store.flush()
+        assert setup.run(prompts) == cold
+        setup.store.evict_device()
+        assert setup.run(prompts) == cold
+        assert setup.reused("device") > 2000 and setup.reused("host") > 2000
+    with opened(model, disk=tmp_path / "disk", **room) as setup:
+        assert setup.run(prompts) == cold
+        assert setup.reused("disk") > 2000
+    with opened(model, url=valkey.url, **room) as setup:
+        assert setup.run(prompts) == cold
+        assert setup.reused("redis") > 2000
 
 
 # -- when things break ------------------------------------------------------------------------------------------------
