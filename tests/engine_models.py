@@ -97,8 +97,9 @@ def reference(model: Any, prompts: Sequence[Sequence[int]], *, num_tokens: int) 
     return [generate(model, prompt, num_tokens=num_tokens) for prompt in prompts]
 
 
-def generate(model: Any, prompt: Sequence[int], *, num_tokens: int) -> list[int]:
-    """Greedy tokens after one prompt, by transformers."""
+def generate(model: Any, prompt: Sequence[int], *, num_tokens: int, eos: bool = True) -> list[int]:
+    """Greedy tokens after one prompt, by transformers; eos=False goes on after the model's own end."""
+    model.generation_config.eos_token_id = model.generation_config.eos_token_id if eos else None
     ids = torch.tensor([list(prompt)])
     with torch.inference_mode():
         out = model.generate(
