@@ -25,26 +25,28 @@ from tierkv.policies import make
 from tierkv.policies.lru import LruPolicy
 from tierkv.tiers.base import Run
 
-BLOCK_TOKENS = 2
+BLOCK_TOKENS = 3
 BLOCK_BYTES = 4 * BLOCK_TOKENS
 CAPACITY = (6, 5, 7)
 PLACED = (True, True, False)
 TIERS = range(3)
 ROOTS = [Key(b"a" * 32), Key(b"b" * 32)]
 
-A, B, C = (0, 0), (0, 1), (1, 0)
-SHAPES: list[list[list[tuple[int, int]]]] = [
+A, B, C = (0, 0, 0), (0, 0, 1), (0, 1, 0)
+SHAPES: list[list[list[tuple[int, ...]]]] = [
     [],
-    [[A, A], [A, B, B], [A, B, A, A]],
+    [[A, A], [A, B, B], [A, B, A, A]],  # a branch of a branch
     [[A, A, A], [B, B], [C]],
     [[A, A, A, A], [A, A, B]],
+    [[A, A, A, A], [C], [A, A]],  # a tail that is older than another path, and a beginning that is not
 ]
 
 Path = tuple[Any, ...]  # root, then the bytes of each block
 
 blocks_of = st.lists(st.sampled_from([A, B, C]), max_size=6)
-tails = st.sampled_from([(), (), (0,), (1,)])
+tails = st.sampled_from([(), (), (0,), (1,), (0, 0), (0, 1)])
 chance = st.integers(0, 5)
+any_of = st.integers(0, 4)
 
 
 def tokens_of(blocks: Any, tail: Any = ()) -> bytes:
@@ -104,6 +106,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.leases: list[Promise] = []
         self.copies: list[tuple[Copy, Path]] = []
         self.reserved: list[Reservation] = []
+        self.past: list[Any] = []  # the last prompts: worth asking for again
         self.clock = 0
         self.failed = True  # until an invariant has said otherwise
 
@@ -244,23 +247,27 @@ class IndexMachine(RuleBasedStateMachine):
         assert end == lease.num_blocks or not self.anywhere(path[: end + 2])
         return promise
 
-    def pick(self, data: st.DataObject) -> Promise:
-        return data.draw(st.sampled_from(self.leases), label="lease")
+    def pick(self, which: int) -> Promise:
+        """One of the leases, rather one that has blocks, rather a late one."""
+        some = [promise for promise in self.leases if promise.lease.num_blocks] or self.leases
+        return some[-1 - which % len(some)]
 
     # -- rules -----------------------------------------------------------------------------------------------------
 
     @initialize(shape=st.sampled_from(SHAPES), keep=st.booleans())
-    def begin(self, shape: list[list[tuple[int, int]]], keep: bool) -> None:
+    def begin(self, shape: list[list[tuple[int, ...]]], keep: bool) -> None:
         """Start where chance alone seldom gets: branches of branches, and paths of different age."""
         for blocks in shape:
-            self.acquire(ROOTS[0], blocks, ())
+            self.acquire_these(ROOTS[0], blocks, ())
             promise = self.leases[-1]
             self.save_after(promise, blocks[promise.lease.num_blocks :])
             if not keep:
                 self.release_one(promise)
 
-    @rule(root=st.sampled_from(ROOTS), blocks=blocks_of, tail=tails)
-    def match(self, root: Key, blocks: Any, tail: Any) -> None:
+    @rule(root=st.sampled_from(ROOTS), blocks=blocks_of, tail=tails, past=any_of)
+    def match(self, root: Key, blocks: Any, tail: Any, past: int) -> None:
+        if self.past and past:
+            root, blocks = ROOTS[0], [*self.past[-past % len(self.past)], *blocks]
         tokens = tokens_of(blocks, tail)
         found = self.index.match(root, tokens)
         hit = self.hit(path_of(root, tokens))
@@ -269,8 +276,15 @@ class IndexMachine(RuleBasedStateMachine):
         assert found.num_tokens == found.num_blocks * BLOCK_TOKENS + self.head_tokens(hit, rest)
 
     @precondition(lambda self: len(self.leases) < 5)
-    @rule(root=st.sampled_from(ROOTS), blocks=blocks_of, tail=tails)
-    def acquire(self, root: Key, blocks: Any, tail: Any) -> None:
+    @rule(root=st.sampled_from(ROOTS), blocks=blocks_of, tail=tails, past=any_of, cut=st.integers(0, 7))
+    def acquire(self, root: Key, blocks: Any, tail: Any, past: int, cut: int) -> None:
+        if self.past and past:
+            root, blocks = ROOTS[0], self.past[-past % len(self.past)][:cut] + blocks[: max(0, cut - 4)]
+        self.acquire_these(root, blocks, tail)
+
+    def acquire_these(self, root: Key, blocks: Any, tail: Any) -> None:
+        if root == ROOTS[0]:
+            self.past = [*self.past[-4:], blocks]
         tokens = tokens_of(blocks, tail)
         lease = self.index.acquire(root, tokens)
         hit = self.hit(path_of(root, tokens))
@@ -288,11 +302,11 @@ class IndexMachine(RuleBasedStateMachine):
             assert source and self.held[source[0]][path] == source[1]
 
     @precondition(lambda self: self.leases)
-    @rule(data=st.data(), blocks=blocks_of, same=chance)
-    def save(self, data: st.DataObject, blocks: Any, same: int) -> None:
+    @rule(which=any_of, blocks=blocks_of, same=chance)
+    def save(self, which: int, blocks: Any, same: int) -> None:
         """An engine computed what follows: its pages become the index's."""
-        promise = self.pick(data)
-        self.save_after(promise, [(0, 1)] * (same // 2) if same > 3 else blocks[:3])
+        promise = self.pick(which)
+        self.save_after(promise, [B] * (same // 2) if same > 3 else blocks[:3])
 
     def save_after(self, promise: Promise, blocks: Any) -> None:
         lease = promise.lease
@@ -316,10 +330,10 @@ class IndexMachine(RuleBasedStateMachine):
         self.renew(promise)
 
     @precondition(lambda self: self.leases)
-    @rule(data=st.data(), blocks=blocks_of, known=st.booleans())
-    def expect_from_elsewhere(self, data: st.DataObject, blocks: Any, known: bool) -> None:
+    @rule(which=any_of, blocks=blocks_of, known=st.booleans())
+    def expect_from_elsewhere(self, which: int, blocks: Any, known: bool) -> None:
         """A shared tier has what follows: ghosts first, then a copy."""
-        promise = self.pick(data)
+        promise = self.pick(which)
         tokens = tokens_of(blocks[:3])
         path = promise.path + path_of(promise.path[0], tokens)[1:]
         keys = [key_of(path[: size + 1]) for size in range(len(promise.path), len(path))]
@@ -330,11 +344,11 @@ class IndexMachine(RuleBasedStateMachine):
         self.renew(promise)
 
     @precondition(lambda self: self.leases and len(self.copies) < 3)
-    @rule(data=st.data(), tier=st.sampled_from(TIERS))
-    def begin_copy(self, data: st.DataObject, tier: int) -> None:
-        promise = self.pick(data)
-        lo = data.draw(st.integers(0, promise.lease.num_blocks))
-        hi = data.draw(st.integers(lo, promise.lease.num_blocks))
+    @rule(which=any_of, tier=st.sampled_from(TIERS), lo=st.integers(0, 3), size=st.integers(0, 6))
+    def begin_copy(self, which: int, tier: int, lo: int, size: int) -> None:
+        promise = self.pick(which)
+        lo = min(lo, promise.lease.num_blocks)
+        hi = min(lo + size, promise.lease.num_blocks)
         pending = self.pending(tier)
         wanted = [at for at in range(lo, hi) if promise.path[: at + 2] not in pending | self.held[tier].keys()]
         before = self.index._tree.rooms[tier].evicted
@@ -357,10 +371,9 @@ class IndexMachine(RuleBasedStateMachine):
         assert len(copy.blocks) == len(wanted) or self.free_room(tier) == 0
 
     @precondition(lambda self: self.copies)
-    @rule(data=st.data(), bad=chance)
-    def commit_copy(self, data: st.DataObject, bad: int) -> None:
-        number = data.draw(st.integers(0, len(self.copies) - 1))
-        copy, path = self.copies.pop(number)
+    @rule(which=any_of, bad=chance)
+    def commit_copy(self, which: int, bad: int) -> None:
+        copy, path = self.copies.pop(which % len(self.copies))
         ok = [at != bad and bad != 1 for at in range(len(copy.blocks))]
         if any(ok):
             self.index.commit_copy(copy, ok)
@@ -372,9 +385,9 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.abort(copy)  # a second end changes nothing
 
     @precondition(lambda self: self.leases)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        self.release_one(self.pick(data))
+    @rule(which=any_of)
+    def release(self, which: int) -> None:
+        self.release_one(self.pick(which))
 
     def release_one(self, promise: Promise) -> None:
         self.leases.remove(promise)
@@ -382,14 +395,14 @@ class IndexMachine(RuleBasedStateMachine):
         promise.lease.release()
 
     @precondition(lambda self: self.leases and len(self.leases) < 5)
-    @rule(data=st.data(), tier=st.sampled_from(TIERS), part=st.booleans())
-    def fork_or_share(self, data: st.DataObject, tier: int, part: bool) -> None:
-        promise = self.pick(data)
+    @rule(which=any_of, tier=st.sampled_from(TIERS), part=st.booleans(), lo=any_of, less=st.integers(0, 2))
+    def fork_or_share(self, which: int, tier: int, part: bool, lo: int, less: int) -> None:
+        promise = self.pick(which)
         if not part:
             self.promise(promise.lease.fork(), promise.path)
             return
-        hi = data.draw(st.integers(0, promise.lease.num_blocks))
-        lo = data.draw(st.integers(0, hi))
+        hi = max(0, promise.lease.num_blocks - less)
+        lo = min(lo, hi)
         other = promise.lease.share(lo, hi, tier)
         assert other.lo == lo and other.num_blocks == hi
         shared = Promise(other, promise.path[: hi + 1])
@@ -399,10 +412,10 @@ class IndexMachine(RuleBasedStateMachine):
             shared.kept = {(tier, each): self.held[tier][each] for each in parts}
 
     @precondition(lambda self: self.leases)
-    @rule(data=st.data())
-    def shrink(self, data: st.DataObject) -> None:
-        promise = self.pick(data)
-        count = data.draw(st.integers(0, promise.lease.num_blocks))
+    @rule(which=any_of, less=st.integers(0, 4))
+    def shrink(self, which: int, less: int) -> None:
+        promise = self.pick(which)
+        count = max(0, promise.lease.num_blocks - less)
         promise.lease.shrink(count)
         promise.path = promise.path[: count + 1]
         promise.kept = {}
@@ -410,19 +423,19 @@ class IndexMachine(RuleBasedStateMachine):
         self.renew(promise)
 
     @precondition(lambda self: self.leases)
-    @rule(data=st.data(), tier=st.sampled_from(TIERS))
-    def shorten_pins(self, data: st.DataObject, tier: int) -> None:
-        promise = self.pick(data)
+    @rule(which=any_of, tier=st.sampled_from(TIERS))
+    def shorten_pins(self, which: int, tier: int) -> None:
+        promise = self.pick(which)
         promise.lease.shorten_pins(tier)
         promise.kept = {(tier, part): self.held[tier][part] for part in above(promise.path) if part in self.held[tier]}
 
     @precondition(lambda self: self.leases)
-    @rule(data=st.data(), tier=st.sampled_from(TIERS))
-    def drop(self, data: st.DataObject, tier: int) -> None:
-        promise = self.pick(data)
+    @rule(which=any_of, tier=st.sampled_from(TIERS), bad=st.sets(st.integers(0, 6), max_size=3))
+    def drop(self, which: int, tier: int, bad: set[int]) -> None:
+        promise = self.pick(which)
         head = promise.lease.head
         limit = promise.lease.num_blocks + (1 if head else 0)
-        bad = data.draw(st.sets(st.integers(0, max(limit - 1, 0)), max_size=2))
+        bad = {at for at in bad if at < limit}
         head_path = self.strand_path(head.strand, head.block + 1) if head else ()
         path = promise.path
         places = self.limbo(tier)
@@ -437,7 +450,7 @@ class IndexMachine(RuleBasedStateMachine):
             for part in gone:
                 other.kept.pop((tier, part), None)
 
-    @rule(tier=st.sampled_from(TIERS), n=st.integers(0, 9))
+    @rule(tier=st.sampled_from(TIERS), n=st.sampled_from([1, 2, 3, 4, 9, 0]))
     def evict(self, tier: int, n: int) -> None:
         possible = len(self.held[tier])
         got = self.index.evict(tier, None if n == 9 else n)
@@ -480,8 +493,13 @@ class IndexMachine(RuleBasedStateMachine):
             lease.release()
         self.leases = [promise for promise in self.leases if not promise.lease.released]
 
-    @rule(data=st.data(), root=st.sampled_from(ROOTS), prompts=st.lists(blocks_of, min_size=1, max_size=3), torn=chance)
-    def restore(self, data: st.DataObject, root: Key, prompts: Any, torn: int) -> None:
+    @rule(
+        root=st.sampled_from(ROOTS),
+        prompts=st.lists(blocks_of, min_size=1, max_size=3),
+        torn=chance,
+        order=st.randoms(),
+    )
+    def restore(self, root: Key, prompts: Any, torn: int, order: Any) -> None:
         """The disk tells what it still holds: runs of any cut, in any order."""
         paths = {part for blocks in prompts for part in above(path_of(root, tokens_of(blocks)))}
         runs = []
@@ -490,9 +508,9 @@ class IndexMachine(RuleBasedStateMachine):
                 continue
             key = key_of(path)
             parent = key_of(path[:-1]) if len(path) > 2 else root
-            tokens = path[-1] if torn != 3 or number else b"\1\0\0\0\1\0\0\0"
+            tokens = path[-1] if torn != 3 or number else b"\1\0\0\0" * BLOCK_TOKENS
             runs.append(Run(root, parent, len(path) - 2, (key,), tokens))
-        runs = data.draw(st.permutations(runs))
+        order.shuffle(runs)
         by_key = {key_of(path): path for path in paths}
         room = self.free_room(2)
         known = self.in_tree()
@@ -516,9 +534,9 @@ class IndexMachine(RuleBasedStateMachine):
                 assert len(path) > 2 and path[:-1] not in now, "refused in spite of room and parent"
 
     @precondition(lambda self: self.leases)
-    @rule(data=st.data(), tier=st.sampled_from(TIERS))
-    def ask(self, data: st.DataObject, tier: int) -> None:
-        promise = self.pick(data)
+    @rule(which=any_of, tier=st.sampled_from(TIERS), lo=st.integers(0, 3))
+    def ask(self, which: int, tier: int, lo: int) -> None:
+        promise = self.pick(which)
         lease, path = promise.lease, promise.path
         taken = self.pending(tier) | self.held[tier].keys()
         missing = [at for at in range(lease.num_blocks) if path[: at + 2] not in taken]
@@ -529,7 +547,7 @@ class IndexMachine(RuleBasedStateMachine):
         again = [at for lo, hi in lease.second_use(tier) for at in range(lo, hi)]
         # Following a known block counts its whole path once more: a hint may be generous, not forgetful.
         assert {at for at in missing if self.uses[path[: at + 2]] > 1} <= set(again) <= set(missing)
-        lo = data.draw(st.integers(0, lease.num_blocks))
+        lo = min(lo, lease.num_blocks)
         run = lease.run(lo, lease.num_blocks)
         assert list(run.keys) == [key_of(path[: at + 2]) for at in range(lo, lease.num_blocks)]
         assert run.parent == (key_of(path[: lo + 1]) if lo else path[0]) and run.root == path[0]
@@ -729,7 +747,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "the first neighbour is the nearest": (
         strands.Fork,
         "nearest",
-        lambda old: lambda self, start: (self.by_first[first] for first in self.order),
+        lambda old: lambda self, start: sorted(old(self, start), key=lambda found: found[0]),
     ),
     "peeking loses the victims": (
         Index,

@@ -106,6 +106,7 @@ def _check_leases(tree: Tree, strands: list[Strand], leases: Iterable[Lease], co
             strand, _, end = copy.segments[-1]
             holds[id(strand), end] += 1
             pins[id(strand), end, copy.tier] += 1
+            pinned[copy.tier] += strand.depth + end
             for part, lo, hi in copy.segments:
                 holding = part.holdings[copy.tier]
                 assert holding and holding.state[lo:hi] == bytes((PENDING,)) * (hi - lo)

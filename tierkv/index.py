@@ -90,16 +90,16 @@ class Index:
             tree.clock = clock = tree.clock + 1
             path = tree.follow(tree.root(root), 0, tokens)
             tiers = tree.held(path)
-            rooms = tree.rooms
             for strand, end in path:
                 if not end:
                     continue
                 strand.stamps.cover(end, clock)
                 if strand.again < end:
                     strand.again = end
-                for tier, holding in enumerate(strand.holdings):
+                for tier, policy in tree.learners:
+                    holding = strand.holdings[tier]
                     if holding and holding.count:
-                        rooms[tier].policy.record(strand, 0, min(end, len(holding.state)), clock)
+                        policy.record(strand, 0, min(end, len(holding.state)), clock)
             strand, end = path[-1]
             self._serial += 1
             lease = Lease(self, self._serial, root, strand, end, tiers)
@@ -116,18 +116,21 @@ class Index:
         at = (strand.depth + end) * size
         rest = tokens[at : at + size]
         best = None
+        shared = 0
         if end < strand.size and strand.tier_of(end) is not None:
             shared = common(bytes(strand.tok[end * size : (end + 1) * size]), rest)
             if shared:
                 best = Head(strand, end, shared)
         found = strand.children.get(end) if strand.children else None
-        if found is not None:
-            for child in found.nearest(rest) if isinstance(found, Fork) else (found,):
-                shared = common(bytes(child.tok[:size]), rest)
-                if shared <= (best.num_tokens if best else 0):
-                    break
-                if child.tier_of(0) is not None:
-                    best = Head(child, 0, shared)
+        if type(found) is Strand:
+            nearest: Iterable[tuple[int, Strand]] = ((common(bytes(found.tok[:size]), rest), found),)
+        else:
+            nearest = found.nearest(rest) if isinstance(found, Fork) else ()
+        for agreed, child in nearest:
+            if agreed <= shared:
+                break
+            if child.tier_of(0) is not None:
+                return Head(child, 0, agreed)
         return best
 
     # -- adding ----------------------------------------------------------------------------------------------------
@@ -255,8 +258,10 @@ class Index:
             tree.evict(tier, count - room.num_free, victims)
             granted = _leading(wanted, min(count, room.num_free))
             if granted:
-                tree.grip(granted[-1][0], granted[-1][2])
-                tree.pin(granted[-1][0], granted[-1][2], tier)
+                strand, _, end = granted[-1]
+                tree.grip(strand, end)
+                tree.pin(strand, end, tier)
+                room.pinned += strand.depth + end
             for strand, a, b in granted:
                 tree.expect(strand, a, b, tier)
             tree.unpin(last, last_end, tier)
@@ -285,6 +290,7 @@ class Index:
                         tree.rooms[tier].give_back(places, b - a)
                 at += hi - lo
             strand, _, end = copy.segments[-1]
+            tree.rooms[tier].pinned -= strand.depth + end
             tree.unpin(strand, end, tier)
             tree.loosen(strand, end)
 

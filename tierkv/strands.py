@@ -196,18 +196,22 @@ class Fork:
         del self.by_first[first]
         del self.order[bisect_left(self.order, first)]
 
-    def nearest(self, start: bytes) -> "Iterator[Strand]":
-        """Strands by falling length of the part they have in common with `start`."""
+    def nearest(self, start: bytes) -> "Iterator[tuple[int, Strand]]":
+        """Strands by falling number of the tokens that they have in common with `start`, down to one."""
         order = self.order
         right = bisect_right(order, start)
         left = right - 1
-        while left >= 0 or right < len(order):
-            if right == len(order) or (left >= 0 and common(order[left], start) >= common(order[right], start)):
-                yield self.by_first[order[left]]
+        before = common(order[left], start) if left >= 0 else 0
+        after = common(order[right], start) if right < len(order) else 0
+        while before or after:
+            if before >= after:
+                yield before, self.by_first[order[left]]
                 left -= 1
+                before = common(order[left], start) if left >= 0 else 0
             else:
-                yield self.by_first[order[right]]
+                yield after, self.by_first[order[right]]
                 right += 1
+                after = common(order[right], start) if right < len(order) else 0
 
 
 class Strand:
@@ -314,6 +318,8 @@ class Strand:
 
 def common(one: bytes, other: bytes) -> int:
     """Leading tokens that two blocks, or parts of blocks, agree on."""
+    if one[:4] != other[:4]:
+        return 0
     differ = int.from_bytes(one, "little") ^ int.from_bytes(other, "little")
     agree = ((differ & -differ).bit_length() - 1) >> 5 if differ else len(one)
     return min(agree, len(one) >> 2, len(other) >> 2)
@@ -321,17 +327,21 @@ def common(one: bytes, other: bytes) -> int:
 
 def agree(tok: bytearray, start: int, query: bytes, pos: int, block_bytes: int) -> int:
     """Whole blocks that `tok` from byte `start` and `query` from byte `pos` have in common."""
-    lo, hi = 0, min(len(tok) - start, len(query) - pos) // block_bytes
-    if not hi:
-        return 0
-    with memoryview(tok) as whole, whole[start:] as view:
-        if query.startswith(view[: hi * block_bytes], pos):
-            return hi
-        # Halving compares each byte about once more; numpy needs 30 us for the first mismatch in 512 KiB.
-        while hi - lo > 1:
-            middle = (lo + hi) >> 1
-            if query.startswith(view[lo * block_bytes : middle * block_bytes], pos + lo * block_bytes):
-                lo = middle
-            else:
-                hi = middle
+    hi = min(len(tok) - start, len(query) - pos) // block_bytes
+    if not hi or same(tok, start, query, pos, hi * block_bytes):
+        return hi
+    lo = 0
+    # Halving compares each byte about once more; numpy needs 30 us for the first mismatch in 512 KiB.
+    while hi - lo > 1:
+        middle = (lo + hi) >> 1
+        at = lo * block_bytes
+        if same(tok, start + at, query, pos + at, middle * block_bytes - at):
+            lo = middle
+        else:
+            hi = middle
     return lo
+
+
+def same(tok: bytearray, start: int, query: bytes, pos: int, size: int) -> bool:
+    """Whether `size` bytes of `tok` from `start` and of `query` from `pos` are equal; both are that long."""
+    return query.startswith(memoryview(tok)[start : start + size], pos)

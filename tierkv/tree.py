@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from tierkv.keys import KEY_BYTES, Key
 from tierkv.layout import TOKEN_BYTES
 from tierkv.policies.base import Policy
-from tierkv.strands import ABSENT, HELD, PENDING, Holding, Strand, agree
+from tierkv.strands import ABSENT, HELD, PENDING, Holding, Strand, agree, same
 
 FREE, TAKEN, FILLED = 0, 1, 2
 
@@ -114,6 +114,7 @@ class Tree:
     def __init__(self, *, block_tokens: int, tiers: Sequence[TierSpec]) -> None:
         self.block_bytes = block_tokens * TOKEN_BYTES
         self.rooms = [Room(spec) for spec in tiers]
+        self.learners = [(tier, spec.policy) for tier, spec in enumerate(tiers) if spec.policy.learns]
         self.roots: dict[Key, Strand] = {}
         self.clock = 0
         self.num_strands = 0
@@ -135,33 +136,37 @@ class Tree:
         block_bytes = self.block_bytes
         pos, last = 0, len(query) - block_bytes
         while pos <= last:
+            child = None
+            children = strand.children
             if end < strand.size:
                 if not end and query.startswith(strand.tok, pos):
                     count = strand.size
+                elif children and len(children) <= 4 and (turn := self._turn(strand, end, query, pos)):
+                    count, child = turn
                 else:
-                    count = self._departure(strand, end, query, pos)
+                    count = agree(strand.tok, end * block_bytes, query, pos, block_bytes)
                 end += count
                 pos += count * block_bytes
-            child = strand.child(end, query[pos : pos + block_bytes]) if strand.children and pos <= last else None
             if child is None:
-                break
+                child = strand.child(end, query[pos : pos + block_bytes]) if children and pos <= last else None
+                if child is None:
+                    break
             path.append((strand, end))
             strand, end = child, 0
         path.append((strand, end))
         return path
 
-    def _departure(self, strand: Strand, end: int, query: bytes, pos: int) -> int:
-        """Blocks after `end` that agree with the query, which does not take the rest of the strand whole."""
+    def _turn(self, strand: Strand, end: int, query: bytes, pos: int) -> tuple[int, Strand] | None:
+        """The child that the query takes, and the blocks before it: where few hang, cheaper than to look for where it departs."""
         block_bytes = self.block_bytes
-        if strand.children and len(strand.children) <= 4:
-            # A rewritten turn: trying the few places where others departed costs one comparison, not log2(blocks).
-            for at in strand.children:
-                here = pos + (at - end) * block_bytes
-                if at > end and strand.child(at, query[here : here + block_bytes]):
-                    with memoryview(strand.tok) as view, view[end * block_bytes : at * block_bytes] as part:
-                        if query.startswith(part, pos):
-                            return at - end
-        return agree(strand.tok, end * block_bytes, query, pos, block_bytes)
+        for at, found in (strand.children or {}).items():
+            if at > end:
+                size = (at - end) * block_bytes
+                first = query[pos + size : pos + size + block_bytes]
+                child = found if type(found) is Strand and found.tok.startswith(first) else strand.child(at, first)
+                if child and len(first) == block_bytes and same(strand.tok, end * block_bytes, query, pos, size):
+                    return at - end, child
+        return None
 
     def sources(self, strand: Strand, lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
         """The fastest tier of each block of [lo, hi), as runs, up to the first block that no tier holds."""
@@ -184,7 +189,7 @@ class Tree:
         tiers = 0
         for number, (strand, end) in enumerate(path):
             first = strand.holdings[0]
-            if first and first.run(0, end) == end:
+            if first and end <= first.count == len(first.state):  # the usual case: no gap, and nothing else to ask
                 tiers |= 1
                 continue
             at = 0
@@ -325,7 +330,8 @@ class Tree:
         holding.mark(lo, hi, HELD)
         if holding.places is not None:
             holding.places[lo:hi] = array("i", places)
-        room.policy.record(strand, lo, hi, self.clock)
+        if room.policy.learns:
+            room.policy.record(strand, lo, hi, self.clock)
         if not was_alive:
             self._wake(strand, tier)
 

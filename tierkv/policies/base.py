@@ -34,6 +34,8 @@ class Policy(ABC):
     """
 
     name: ClassVar[str]
+    learns: ClassVar[bool] = True
+    """Whether `record` does anything: a hit would call it for every strand and tier."""
 
     @abstractmethod
     def admit(self, strand: Leaf, blocks: int) -> bool:

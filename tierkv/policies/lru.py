@@ -14,6 +14,7 @@ class LruPolicy(HeapPolicy):
     """
 
     name: ClassVar[str] = "lru"
+    learns: ClassVar[bool] = False
 
     def worth(self, strand: Leaf, block: int) -> float:
         """Time of the last use."""
