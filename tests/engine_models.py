@@ -117,3 +117,23 @@ def random_prompts(lengths: Sequence[int], *, seed: int = 0) -> list[list[int]]:
 def int32(tokens: Sequence[int]) -> bytes:
     """Tokens as connectors get them."""
     return array("i", tokens).tobytes()
+
+
+def byte_tokenizer() -> Any:
+    """One token per byte, and two special ones: 256 ends a text, 257 begins one."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    alphabet = {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(BPE(alphabet, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<end>", "<begin>"])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", bos_token="<begin>")
+    tokenizer.chat_template = "{% for m in messages %}<begin>{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    return tokenizer
+
+
+def byte_model(*, seed: int = 0) -> Any:
+    """A tiny model over the tokens of `byte_tokenizer`."""
+    return make_model("Llama", {**_ALL, "vocab_size": 258, "eos_token_id": 256, "bos_token_id": 257}, seed=seed)

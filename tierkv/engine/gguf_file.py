@@ -34,15 +34,21 @@ _NAMES: Final = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_UNDERSTOOD: Final = {
-    *(
-        f"llama.{name}"
-        for name in ["block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"]
-    ),
-    *(f"llama.attention.{name}" for name in ["head_count", "head_count_kv", "layer_norm_rms_epsilon"]),
-    *("llama.rope.freq_base", "llama.rope.dimension_count"),
-}
-"""What a file may say about a Llama here; anything more (experts, rope scaling) is transformers' business."""
+_REQUIRED: Final = frozenset(
+    f"llama.{name}"
+    for name in (
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.layer_norm_rms_epsilon",
+        "rope.freq_base",
+        "rope.dimension_count",
+    )
+)
+"""What a file must say about a Llama to be read here; one that says more (experts, rope scaling) is transformers' business."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,29 +99,34 @@ def read(path: Path, *, dtype: torch.dtype) -> tuple[Any, Any] | None:  # Any: t
 
     Raises ModelError if it is no GGUF file, or ends early.
     """
+    with path.open("rb") as file:
+        if file.read(4) != _MAGIC:
+            raise ModelError(f"{path}: no GGUF file (it does not begin with {_MAGIC.decode()})")
     data = np.memmap(path, mode="r", dtype=np.uint8)
-    if bytes(data[:4]) != _MAGIC:
-        raise ModelError(f"{path}: no GGUF file (it does not begin with {_MAGIC.decode()})")
     reader = _Reader(data.data)
     try:
         reader.scalar("<I")
         version, num_tensors, num_fields = reader.scalar("<I"), reader.scalar("<Q"), reader.scalar("<Q")
         fields = {reader.string(): reader.value(reader.scalar("<I")) for _ in range(num_fields)}
         tensors = [reader.tensor() for _ in range(num_tensors)]
-    except (struct.error, KeyError, UnicodeDecodeError) as error:
+    except (struct.error, KeyError, UnicodeDecodeError, OverflowError) as error:
         raise ModelError(f"{path}: its header is damaged or cut short; fetch the file again") from error
     if version < 2 or not _is_plain_llama(fields, tensors):
         return None
     alignment = fields.get("general.alignment", 32)
     start = -(-reader.position() // alignment) * alignment
-    return _model(fields, _weights(path, data[start:], tensors, fields), dtype), _tokenizer(fields)
+    try:
+        weights = _weights(path, data[start:], tensors, fields)
+    except (ValueError, NotImplementedError):  # a kind of quantisation that is new to the gguf package
+        return None
+    return _model(fields, weights, dtype), _tokenizer(fields)
 
 
 def _is_plain_llama(fields: dict[str, Any], tensors: list[_TensorInfo]) -> bool:
-    known = all(name in _UNDERSTOOD for name in fields if name.startswith("llama."))
+    said = {name for name in fields if name.startswith("llama.")}
     return (
         fields.get("general.architecture") == "llama"
-        and known
+        and _REQUIRED <= said <= _REQUIRED | {"llama.vocab_size"}
         and fields.get("tokenizer.ggml.model") == "gpt2"
         and fields.get("tokenizer.ggml.pre") == "smollm"
         and all(_name(info.name) is not None for info in tensors)
