@@ -64,12 +64,11 @@ class EngineConnector(PagedConnector):
 
     def _hit(self, match: Match) -> Hit:
         block_tokens = self.store.layout.block_tokens
-        lease, metrics = match.lease, self.store.metrics
+        lease = match.lease
         sources: dict[str, int] = {}
 
         def add(tier: str, tokens: int) -> None:
             sources[tier] = sources.get(tier, 0) + tokens
-            metrics.tokens_hit.add(tokens, tier)
 
         for tier, lo, hi in lease.sources():
             add(self.store.tier_name(tier), (hi - lo) * block_tokens)

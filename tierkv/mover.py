@@ -54,9 +54,16 @@ class Mover:
     ) -> None:
         self._lock = Lock()
         self._lanes = {name: _Lane(name, spec, executor(name, spec)) for name, spec in lanes.items()}
+        self._helpers: list[Executor] = []
         self._closed = False
         for lane in self._lanes.values():
             metrics.queue_depth.read_from(lambda lane=lane: float(lane.blocks), lane.name)  # type: ignore[misc]  # default binds the lane
+
+    def helpers(self, name: str, *, threads: int) -> Executor:
+        """Threads for a tier to split one call over; never those that call it, or it would wait for itself."""
+        executor = _threads(name, LaneSpec(threads, 0))
+        self._helpers.append(executor)
+        return executor
 
     def submit(self, lane_name: str, job: Callable[[], T], *, blocks: int) -> "Future[T] | None":
         """Queue a job that moves `blocks` blocks; None when the lane is full or closed.
@@ -102,6 +109,8 @@ class Mover:
             self._closed = True
         for lane in self._lanes.values():
             lane.executor.shutdown(wait=True, cancel_futures=True)
+        for executor in self._helpers:
+            executor.shutdown(wait=True)
 
 
 class Breaker:

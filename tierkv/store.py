@@ -25,6 +25,8 @@ log = logging.getLogger("tierkv")
 LOAD_LANE: Final = "load"
 SAVE_LANE: Final = "save"
 PROBE_LANE: Final = "probe"
+SAVE_BLOCKS: Final = 8
+"""Blocks saved at a time while a sequence decodes: few enough that a crash costs little, enough for whole-run writes."""
 MAX_LOAD_BLOCKS: Final = 1 << 20
 MAX_PROBES: Final = 1 << 10
 CLOSE_TIMEOUT_S: Final = 30.0
@@ -212,7 +214,7 @@ class Store:
         lo = match.lease.num_blocks
         fresh = tokens[lo * self._block_bytes : len(pages) * self._block_bytes]
         taken = self.index.extend(match.lease, fresh, tier=DEVICE, places=pages[lo:])
-        if match.lease.num_blocks - match.dirty >= self._piece:
+        if match.lease.num_blocks - match.dirty >= SAVE_BLOCKS:
             self.offer(match)
         return taken
 

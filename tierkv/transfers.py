@@ -192,7 +192,9 @@ class Load:
             return False
         self.places.metrics.blocks_loaded.add(hi - lo, tier)
         if tier == "host":
-            self.places.metrics.load_seconds.observe(self.places.clock() - start, tier)
+            seconds = self.places.clock() - start
+            self.places.metrics.load_seconds.observe(seconds, tier)
+            self.places.cost.observe_fetch(HOST, hi - lo, seconds)
         return True
 
     def _fetch(self, below: Below, lo: int, hi: int) -> bool:

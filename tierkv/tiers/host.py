@@ -59,8 +59,13 @@ class HostSlab(Slab):
 
     def _pin(self) -> bool:
         """Register the slab with CUDA; False, with one warning, where that is refused: transfers are slower then."""
-        import cupy
-
+        try:
+            import cupy
+        except ImportError:
+            log.warning(
+                "host memory is not pinned, transfers will be slower: CuPy is missing (pip install 'tierkv[cuda13]')"
+            )
+            return False
         try:
             cupy.cuda.runtime.hostRegister(self.rows.ctypes.data, self.rows.nbytes, 0)
         except cupy.cuda.runtime.CUDARuntimeError as error:
