@@ -1,7 +1,7 @@
 """The Redis tier against real servers: the contract of tiers, and what is particular to this one."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import redis
@@ -20,7 +20,7 @@ class RedisContract(TierContract):
     """The contract on one server; subclasses say how to reach it."""
 
     scans = False
-    options: dict[str, Any] = {}
+    options: ClassVar[dict[str, Any]] = {}
     server: EmbeddedValkey
 
     @pytest.fixture(autouse=True)
@@ -55,8 +55,8 @@ class TestOverTcp(RedisContract):
 
 
 class TestWithLz4(RedisContract):
-    options = {"codec": "lz4"}
+    options: ClassVar[dict[str, Any]] = {"codec": "lz4"}
 
 
 class TestWithExpiryAndTouch(RedisContract):
-    options = {"ttl_s": 60.0, "touch": True}
+    options: ClassVar[dict[str, Any]] = {"ttl_s": 60.0, "touch": True}

@@ -242,9 +242,8 @@ class RedisTier(Tier):
                 else:
                     future.result()
         finally:
-            for future in futures:
-                future.cancel()
-            wait(futures)  # nobody may touch the caller's buffers after the return
+            # Nobody may touch the caller's buffers after the return. A cancelled future is never "done" for `wait`.
+            wait([future for future in futures if not future.cancel()])
 
     def _converse(self, node: Node, deadline: float, talk: Callable[[Wire], None]) -> Miss | None:
         """Run `talk` over a connection to `node`; why it did not come to its end, if so."""

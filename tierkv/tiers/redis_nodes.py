@@ -12,7 +12,7 @@ from typing import Any, Final, cast
 import redis
 from redis.backoff import NoBackoff
 from redis.connection import ConnectionPool
-from redis.exceptions import NoPermissionError, RedisClusterException
+from redis.exceptions import RedisClusterException, ResponseError
 from redis.retry import Retry
 
 from tierkv.errors import ConfigError
@@ -23,7 +23,7 @@ REFRESH_S: Final = 0.25
 FAILURES: Final = (redis.RedisError, RedisClusterException, OSError)
 """What a server, a network or the library may raise in a batch."""
 _STRANGE: Final = (ValueError, TypeError, LookupError, AttributeError)
-"""What the library raises over a topology that makes no sense."""
+"""What the library raises over answers that make no sense."""
 
 log = logging.getLogger("tierkv")
 
@@ -91,6 +91,12 @@ class Node:
     health: Health
 
 
+def lent_socket(connection: object) -> socket.socket | None:
+    """The socket of a connection, if redis-py still shows it."""
+    sock = getattr(connection, "_sock", None)
+    return sock if isinstance(sock, socket.socket) else None
+
+
 class Loan:
     """Lends a connection for one batch. Whatever is raised inside closes it: its stream may be out of step.
 
@@ -104,8 +110,8 @@ class Loan:
     def __enter__(self) -> Wire:
         with until(self._deadline):
             self._connection = cast(Any, self._pool).get_connection()  # Any: untyped in the library
-        self._sock = getattr(self._connection, "_sock", None)
-        if isinstance(self._sock, socket.socket):
+        self._sock = lent_socket(self._connection)
+        if self._sock is not None:
             self._wire: Wire = SocketWire(self._sock, deadline=self._deadline, clock=time.monotonic)
         else:  # a redis-py that keeps its socket elsewhere, or wraps the connection
             self._wire = LibraryWire(self._connection)
@@ -260,8 +266,8 @@ def introduce(address: Address, health: Health) -> None:
             client.ping()
             try:
                 clustered = cast(Any, client).info("cluster").get("cluster_enabled")  # Any: typed for async, too
-            except NoPermissionError:
-                log.debug("redis %s: this user may not see the kind of server", address.name)
+            except (ResponseError, *_STRANGE) as error:  # forbidden, or a proxy's own idea of it
+                log.debug("redis %s does not tell its kind: %s", address.name, error)
     except FAILURES as error:
         if wrong := refusal(error, address.shown):
             raise wrong from None
