@@ -93,7 +93,7 @@ class DiskConfig(_Section):
     """A folder on a local disk; survives restarts, one process at a time."""
 
     path: Annotated[Path | None, optional(PATH), "folder of the store; off: no disk tier"] = None
-    capacity: Annotated[Bytes, SIZE, "bytes of blocks at most"] = 10 * 1024**3
+    capacity: Annotated[Bytes, SIZE, "bytes of the folder at most, all files"] = 10 * 1024**3
     policy: Annotated[str, choice(*POLICIES), "what to forget first"] = "lru"
     copy_down: Annotated[str, choice(*COPY_DOWNS), "when blocks come here from the host"] = "save"
 
