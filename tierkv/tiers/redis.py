@@ -10,12 +10,14 @@ Whatever a server does wrong is a miss with a reason, within the deadline. A nod
 alone for a while (`redis_nodes.Health`): its keys are misses at once.
 """
 
+import json
 import logging
 import threading
 import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, wait
+from dataclasses import asdict
 from functools import partial
 from typing import ClassVar, Final
 
@@ -27,7 +29,7 @@ from tierkv.tiers.base import Miss, Run, Tier
 from tierkv.tiers.redis_bulk import Refusal, Wire, command
 from tierkv.tiers.redis_client import parse_url, until
 from tierkv.tiers.redis_nodes import FAILURES, Cluster, Health, Loan, Node, Server, introduce
-from tierkv.tiers.redis_objects import Objects, Outcome, State
+from tierkv.tiers.redis_objects import Objects, Outcome, State, layout_name
 
 _EXACT: Final = 512
 """Up to this many keys, `contains` asks for each by itself."""
@@ -76,6 +78,7 @@ class RedisTier(Tier):
     ) -> None:
         address = parse_url(url)
         self._layout, self._metrics, self._executor = layout, metrics, executor
+        self._prefix, self._described = prefix, False
         self._deadline_s, self._connect_s = deadline_s, address.connect_s
         self._idle, self._busy, self._closed = threading.Condition(), 0, False
 
@@ -110,7 +113,7 @@ class RedisTier(Tier):
             names,
             time.monotonic() + self._deadline_s,
             partial(self._objects.probe_run if long_run else self._objects.probe, names=names),
-            lambda at: State.DONE if self._servers.redirect("EXISTS", names[at]) else Miss.ABSENT,
+            lambda at: State.DONE if self._servers.send("EXISTS", names[at]) else Miss.ABSENT,
         )
         self._count(outcomes, self._metrics.misses, silent=Miss.ABSENT)
         return [outcome is State.DONE for outcome in outcomes]
@@ -121,13 +124,13 @@ class RedisTier(Tier):
             return []
         start = time.monotonic()
         deadline = start + (self._deadline_s if deadline_s is None else deadline_s)
-        objects, redirect = self._objects, self._servers.redirect
+        objects, send = self._objects, self._servers.send
         names, areas = objects.names(keys), self._checked(outs)
         outcomes = self._batch(
             names,
             deadline,
             partial(objects.fetch, keys=keys, names=names, outs=areas),
-            lambda at: objects.fetch_moved(redirect, key=keys[at], name=names[at], out=areas[at]),
+            lambda at: objects.fetch_moved(send, key=keys[at], name=names[at], out=areas[at]),
         )
         bad = [name for name, outcome in zip(names, outcomes, strict=True) if outcome is Miss.CORRUPT]
         if bad:
@@ -144,17 +147,30 @@ class RedisTier(Tier):
             return []
         start = time.monotonic()
         deadline = start + (self._deadline_s if deadline_s is None else deadline_s)
-        objects, redirect = self._objects, self._servers.redirect
+        objects, send = self._objects, self._servers.send
         names, areas = objects.names(run.keys), self._checked(blocks)
         outcomes = self._batch(
             names,
             deadline,
             partial(objects.store, run=run, names=names, blocks=areas),
-            lambda at: objects.store_moved(redirect, run=run, at=at, name=names[at], block=areas[at]),
+            lambda at: objects.store_moved(send, run=run, at=at, name=names[at], block=areas[at]),
         )
+        if not self._described and State.DONE in outcomes:
+            self._describe(deadline)
         self._count(outcomes, self._metrics.saves_dropped)
         self._metrics.save_seconds.observe(time.monotonic() - start, self.name)
         return [outcome is State.DONE for outcome in outcomes]
+
+    def _describe(self, deadline: float) -> None:
+        """Leave the layout on the server, once: headers name its fingerprint only, people want to read tokens."""
+        try:
+            with until(deadline):
+                self._servers.send(
+                    "SET", layout_name(self._prefix, self._layout.fingerprint), json.dumps(asdict(self._layout))
+                )
+            self._described = True
+        except FAILURES as error:
+            log.debug("redis: the layout was not written: %s", error)
 
     def delete(self, keys: Sequence[Key]) -> None:
         """Forget keys, for everyone."""
@@ -162,7 +178,7 @@ class RedisTier(Tier):
 
     def _forget(self, names: Sequence[bytes], deadline: float) -> None:
         def moved(at: int) -> Outcome:
-            self._servers.redirect("DEL", names[at])
+            self._servers.send("DEL", names[at])
             return State.DONE
 
         self._batch(names, deadline, partial(self._objects.forget, names=names), moved)

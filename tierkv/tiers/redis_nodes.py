@@ -35,9 +35,17 @@ class Health:
     """
 
     def __init__(
-        self, name: str, *, failures: int, first_s: float, clock: Callable[[], float], on_down: Callable[[], None]
+        self,
+        name: str,
+        *,
+        failures: int,
+        first_s: float,
+        clock: Callable[[], float],
+        on_down: Callable[[], None],
+        quiet: bool = False,
     ) -> None:
         self._name, self._allowed, self._first_s, self._clock, self._on_down = name, failures, first_s, clock, on_down
+        self._level = logging.DEBUG if quiet else logging.WARNING
         self._most_s = max(60.0, first_s)
         self._failed, self._pause_s, self._until = 0, first_s, -math.inf
         self._down = False
@@ -79,7 +87,7 @@ class Health:
             self._pause_s = min(self._most_s, 2 * pause_s)
         if news:
             self._on_down()
-            log.warning("redis %s is left alone for %g s: %s", self._name, pause_s, why)
+            log.log(self._level, "redis %s is left alone for %g s: %s", self._name, pause_s, why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +157,9 @@ class Server:
         """Every node that holds keys, and a library client for it."""
         return [(self.node, self._client)]
 
-    def redirect(self, *arguments: bytes | str) -> object:
-        """Send one command to where its key is now. Raises one of FAILURES."""
-        raise redis.ResponseError("a redirection from a server that is no cluster")
+    def send(self, *arguments: bytes | str) -> object:
+        """Send one command through the library. Raises one of FAILURES."""
+        return cast(Any, self._client).execute_command(*arguments)  # Any: untyped in the library
 
     def suspect(self) -> None:
         """The topology may have changed."""
@@ -239,7 +247,7 @@ class Cluster:
         primaries = cast(Any, self._connected()).get_primaries()  # Any: untyped in the library
         return [(self._node(of), of.redis_connection) for of in primaries]
 
-    def redirect(self, *arguments: bytes | str) -> object:
+    def send(self, *arguments: bytes | str) -> object:
         """Send one command through the library, which follows MOVED and ASK and repairs its map."""
         return cast(Any, self._connected()).execute_command(*arguments)  # Any: as above
 

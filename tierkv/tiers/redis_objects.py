@@ -30,7 +30,7 @@ _LIKELY: Final = 0.2
 _SEND_BYTES: Final = 256 << 10
 """Pieces are gathered up to this: while the kernel passes them on, the next block gets its checksum."""
 
-Redirect = Callable[..., object]
+Send = Callable[..., object]
 """Sends one command through the library, to where its key is now."""
 
 log = logging.getLogger("tierkv")
@@ -269,20 +269,25 @@ class Objects:
 
     # The same for one key that a cluster redirected.
 
-    def fetch_moved(self, redirect: Redirect, *, key: Key, name: bytes, out: memoryview) -> Outcome:
+    def fetch_moved(self, send: Send, *, key: Key, name: bytes, out: memoryview) -> Outcome:
         """Fetch a block through the library."""
-        value = redirect("GET", name)
+        value = send("GET", name)
         if not isinstance(value, bytes):
             return Miss.ABSENT
         view = memoryview(value)
         return self._open(key, view, view[HEADER_BYTES:], out)
 
-    def store_moved(self, redirect: Redirect, *, run: Run, at: int, name: bytes, block: memoryview) -> Outcome:
+    def store_moved(self, send: Send, *, run: Run, at: int, name: bytes, block: memoryview) -> Outcome:
         """Store a block through the library."""
         header, payload = self._seal(run, at, block)
-        if redirect("SET", name, b"".join((header, payload)), "NX", *self._expiry):
+        if send("SET", name, b"".join((header, payload)), "NX", *self._expiry):
             self._metrics.bytes_written.add(len(payload), self._tier)
         return State.DONE
+
+
+def layout_name(prefix: str, fingerprint: bytes) -> bytes:
+    """Where writers leave the fields of their layout as JSON, for `tierkv inspect`; longer than any block's name."""
+    return f"{prefix}:layout:{fingerprint.hex()}".encode()
 
 
 def _repeat(head: bytes, names: Sequence[bytes], end: bytes = b"\r\n") -> bytes:
