@@ -127,7 +127,7 @@ def inspect(
     if as_json:
         print_json(report)
     else:
-        print_rows([(name.replace("_", " "), _shown(name, value)) for name, value in report.items()])
+        print_rows([(name.removesuffix("_s").replace("_", " "), _shown(name, value)) for name, value in report.items()])
 
 
 def _report(target: str, prefix: str) -> dict[str, Any]:  # Any: values of a report of either tier
@@ -146,7 +146,9 @@ def _shown(name: str, value: Any) -> str:  # Any: as above
     if value is None:
         return {"owner": "no process"}.get(name, "-")
     if name.endswith("bytes"):
-        return f"{value:,} bytes = {show_bytes(value)}"
+        return f"{value:,} bytes = {show_bytes(value)}" if value >= 1024 else f"{value} bytes"
+    if name.endswith("_s"):
+        return f"{value:,.0f} s"
     if name in ("oldest", "newest", "used"):
         return f"{_ago(time.time() - value)} ago ({time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(value))})"
     if isinstance(value, Mapping):
