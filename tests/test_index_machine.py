@@ -254,8 +254,8 @@ class IndexMachine(RuleBasedStateMachine):
 
     # -- rules -----------------------------------------------------------------------------------------------------
 
-    @initialize(shape=st.sampled_from(SHAPES), keep=st.booleans())
-    def begin(self, shape: list[list[tuple[int, ...]]], keep: bool) -> None:
+    @initialize(shape=st.sampled_from(SHAPES), keep=st.booleans(), less=st.integers(0, 2))
+    def begin(self, shape: list[list[tuple[int, ...]]], keep: bool, less: int) -> None:
         """Start where chance alone seldom gets: branches of branches, and paths of different age."""
         for blocks in shape:
             self.acquire_these(ROOTS[0], blocks, ())
@@ -263,6 +263,7 @@ class IndexMachine(RuleBasedStateMachine):
             self.save_after(promise, blocks[promise.lease.num_blocks :])
             if not keep:
                 self.release_one(promise)
+        self.evict(0, less)
 
     @rule(root=st.sampled_from(ROOTS), blocks=blocks_of, tail=tails, past=any_of)
     def match(self, root: Key, blocks: Any, tail: Any, past: int) -> None:
@@ -430,9 +431,14 @@ class IndexMachine(RuleBasedStateMachine):
         promise.kept = {(tier, part): self.held[tier][part] for part in above(promise.path) if part in self.held[tier]}
 
     @precondition(lambda self: self.leases)
-    @rule(which=any_of, tier=st.sampled_from(TIERS), bad=st.sets(st.integers(0, 6), max_size=3))
-    def drop(self, which: int, tier: int, bad: set[int]) -> None:
-        promise = self.pick(which)
+    @rule(
+        which=any_of, tiers=st.sampled_from([(0,), (1,), (2,), (0, 1, 2)]), bad=st.sets(st.integers(0, 6), max_size=3)
+    )
+    def drop(self, which: int, tiers: tuple[int, ...], bad: set[int]) -> None:
+        for tier in tiers:
+            self.drop_from(tier, self.pick(which), bad)
+
+    def drop_from(self, tier: int, promise: Promise, bad: set[int]) -> None:
         head = promise.lease.head
         limit = promise.lease.num_blocks + (1 if head else 0)
         bad = {at for at in bad if at < limit}
@@ -730,8 +736,8 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "all of a strand goes at once": (LruPolicy, "start", lambda old: lambda self, strand, block: 0),
     "most recently used goes first": (
         LruPolicy,
-        "worth",
-        lambda old: lambda self, strand, block: -old(self, strand, block),
+        "rank",
+        lambda old: lambda self, strand, block: (-strand.stamp(block), 0),
     ),
     "a child's keys begin at the root": (
         strands.Strand,

@@ -7,7 +7,7 @@
 
 Every public method takes the lock itself and does nothing slow inside: no I/O, no hashing. Whatever happens between two
 steps leaves a miss: a copy that is never committed is a block the tier does not hold. No clock but a count of uses.
-Structure, invariants and costs: strands.py, tree.py; figures: bench/bench_index.py.
+Structure: strands.py, tree.py; invariants: audit.py; figures: bench/bench_index.py.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,10 +16,12 @@ from threading import Lock
 
 from tierkv import audit
 from tierkv.keys import Key, chain
-from tierkv.lease import MAX_TIERS, Copy, Head, Lease, Match, Reservation
-from tierkv.strands import Fork, Strand, common
+from tierkv.lease import MAX_TIERS, Copy, Head, Lease, Match, Reservation, ranges
+from tierkv.recovery import Recovery
+from tierkv.rooms import Room, TierSpec
+from tierkv.strands import Strand
 from tierkv.tiers.base import Run
-from tierkv.tree import Room, TierSpec, Tree
+from tierkv.tree import Tree
 
 __all__ = ["Copy", "Head", "Index", "IndexStats", "Lease", "Match", "Reservation", "TierSpec", "TierStats"]
 
@@ -80,8 +82,8 @@ class Index:
             tree.held(path)
             strand, end = path[-1]
             num_blocks = strand.depth + end
-            head = self._head(strand, end, tokens)
-            return Match(num_blocks, num_blocks * self.block_tokens + (head.num_tokens if head else 0), tree.clock)
+            head = tree.head(strand, end, tokens[num_blocks * tree.block_bytes : (num_blocks + 1) * tree.block_bytes])
+            return Match(num_blocks, num_blocks * self.block_tokens + (head[2] if head else 0), tree.clock)
 
     def acquire(self, root: Key, tokens: bytes) -> Lease:
         """Find what is held, keep it and count it as used, all at once."""
@@ -103,35 +105,13 @@ class Index:
             strand, end = path[-1]
             self._serial += 1
             lease = Lease(self, self._serial, root, strand, end, tiers)
-            head = self._head(strand, end, tokens)
+            at = lease.num_blocks * tree.block_bytes
+            head = tree.head(strand, end, tokens[at : at + tree.block_bytes])
             if head:
-                source = head.strand.tier_of(head.block)
+                source = head[0].tier_of(head[1])
                 assert source is not None
-                lease._take_head(head, source)
+                lease._take_head(Head(*head), source)
             return lease
-
-    def _head(self, strand: Strand, end: int, tokens: bytes) -> Head | None:
-        """The held block after the path (strand, end) that agrees longest, by a token at least, with the query."""
-        size = self._tree.block_bytes
-        at = (strand.depth + end) * size
-        rest = tokens[at : at + size]
-        best = None
-        shared = 0
-        if end < strand.size and strand.tier_of(end) is not None:
-            shared = common(bytes(strand.tok[end * size : (end + 1) * size]), rest)
-            if shared:
-                best = Head(strand, end, shared)
-        found = strand.children.get(end) if strand.children else None
-        if type(found) is Strand:
-            nearest: Iterable[tuple[int, Strand]] = ((common(bytes(found.tok[:size]), rest), found),)
-        else:
-            nearest = found.nearest(rest) if isinstance(found, Fork) else ()
-        for agreed, child in nearest:
-            if agreed <= shared:
-                break
-            if child.tier_of(0) is not None:
-                return Head(child, 0, agreed)
-        return best
 
     # -- adding ----------------------------------------------------------------------------------------------------
 
@@ -307,9 +287,7 @@ class Index:
         tree = self._tree
         with self._lock:
             segments = [
-                part
-                for lo, hi in _ranges(b for b in blocks if b < lease.num_blocks)
-                for part in lease._segments(lo, hi)
+                part for lo, hi in ranges(b for b in blocks if b < lease.num_blocks) for part in lease._segments(lo, hi)
             ]
             if lease.head and lease.head.strand.depth + lease.head.block in {
                 b for b in blocks if b >= lease.num_blocks
@@ -354,7 +332,7 @@ class Index:
             while n > 0 and (victim := policy.pop()):
                 assert isinstance(victim.strand, Strand)
                 popped.append(victim.strand)
-                for strand, lo, hi in self._next(victim.strand, victim.blocks, tier, below):
+                for strand, lo, hi in tree.goes_with(victim.strand, victim.blocks, tier, below):
                     lo = max(lo, hi - n)
                     n -= hi - lo
                     found.append((strand, lo, hi))
@@ -367,102 +345,17 @@ class Index:
                 tree.offer(strand, tier)
         return leases
 
-    def _next(self, strand: Strand, blocks: int, tier: int, below: int | None) -> Iterable[tuple[Strand, int, int]]:
-        """Ranges that are not below yet, last first, of what goes when this victim goes: its tail, and then whatever
-        above it was used last together with it; or else the next part of the strand.
-        """
-        span = strand.span(tier)
-        tail = max(span[0], span[1] - blocks)
-        while span[0] < span[1]:
-            ranges = [(span[0], span[1])]
-            if under := strand.holdings[below] if below is not None else None:
-                ranges = list(under.absent(*span))[::-1]
-            if ranges and ranges[0][1] <= tail:
-                lo, hi = ranges[0]
-                tail = max(lo, strand.stamp_start(hi - 1))
-            for lo, hi in ranges:
-                if hi > tail:
-                    yield strand, max(lo, tail), hi
-            parent = strand.parent
-            if tail > 0 or parent is None or not (above := parent.holdings[tier]):
-                return
-            assert above.hang
-            if max(above.hang) != strand.at or above.hang[strand.at] > 1:
-                return
-            span = above.span(floor=max((at for at in above.hang if at != strand.at), default=0))
-            if span[0] == span[1] or parent.stamp(span[1] - 1) != strand.stamp(0):
-                return
-            strand, tail = parent, max(span[0], parent.stamp_start(span[1] - 1))
-
     # -- starting --------------------------------------------------------------------------------------------------
 
     def restore(self, tier: int, runs: Iterable[Run]) -> list[Run]:
         """Take in what a tier without places still holds, in any order; returns what it should delete.
 
         Those are runs whose keys are not what their parent and tokens say, whose parent is unknown, or that exceed the
-        capacity. Holds the lock throughout: meant for the start.
+        capacity. Holds the lock for long: meant for the start.
         """
-        tree = self._tree
-        if tree.rooms[tier].placed:
-            raise ValueError(f"tier {tree.rooms[tier].name} has places: what they hold does not survive a stop")
-        orphans = []
-        waiting: dict[Key, list[Run]] = {}
-        for run in runs:
-            if run.keys and chain(run.parent, run.tokens, block_tokens=self.block_tokens) == list(run.keys):
-                waiting.setdefault(run.parent, []).append(run)
-            else:
-                orphans.append(run)
-        with self._lock:
-            ends = [(root, tree.root(root), 0) for root in {run.root for runs in waiting.values() for run in runs}]
-            for strand in tree.strands():
-                ends += [(key, strand, at + 1) for at in range(strand.num_keys) if (key := strand.key(at)) in waiting]
-            touched: dict[Strand, None] = {strand: None for _, strand, _ in ends}
-            while ends:
-                parent, strand, end = ends.pop()
-                for run in waiting.pop(parent, ()):
-                    segments, left = self._adopt(tier, strand, end, run)
-                    if left:
-                        orphans.append(left)
-                    for part, lo, hi in segments:
-                        touched[part] = None
-                        for at in range(lo, hi):
-                            key = run.keys[part.depth + at - strand.depth - end]
-                            if key in waiting:
-                                ends.append((key, part, at + 1))
-            for strand in touched:
-                tree.trim(strand)
-                tree.offer(strand, tier)
-        return orphans + [run for runs in waiting.values() for run in runs]
-
-    def _adopt(self, tier: int, strand: Strand, end: int, run: Run) -> tuple[list[tuple[Strand, int, int]], Run | None]:
-        """Put a run after the path (strand, end), as far as there is room; returns its place and what is left."""
-        tree, room, size = self._tree, self._tree.rooms[tier], self._tree.block_bytes
-        start, count = strand.depth + end, len(run.keys)
-        last, last_end = tree.follow(strand, end, run.tokens)[-1]
-        known = last.depth + last_end - start
-        count = min(count, known + room.num_free)
-        if known < count:
-            last, last_end = tree.grow(last, last_end, run.tokens[known * size : count * size])
-        segments = []
-        for part, lo, hi in tree.segments(last, last_end, start, start + count):
-            holding = part.holdings[tier]
-            for a, b in list(holding.absent(lo, hi)) if holding else ((lo, hi),):
-                fits = min(b - a, room.num_free)
-                room.take(fits)
-                if fits:
-                    tree.hold(part, a, a + fits, tier, ())
-                if fits < b - a:
-                    hi = count = a + fits
-                    count += part.depth - start
-                    break
-            part.keys += b"".join(run.keys[part.depth + part.num_keys - start : part.depth + hi - start])
-            segments.append((part, lo, hi))
-            if part.depth + hi - start == count:
-                break
-        if count == len(run.keys):
-            return segments, None
-        parent = run.keys[count - 1] if count else run.parent
-        return segments, Run(run.root, parent, run.depth + count, run.keys[count:], run.tokens[count * size :])
+        if self._tree.rooms[tier].placed:
+            raise ValueError(f"tier {self._tree.rooms[tier].name} has places: what they hold does not survive a stop")
+        return Recovery(self._tree, tier).run(runs, self._lock)
 
     # -- keys, figures, checks -------------------------------------------------------------------------------------
 
@@ -548,14 +441,3 @@ def _same(ok: Sequence[bool], start: int) -> Iterable[tuple[int, int, bool]]:
         if at == len(ok) or ok[at] != ok[lo]:
             yield start + lo, start + at, ok[lo]
             lo = at
-
-
-def _ranges(blocks: Iterable[int]) -> list[tuple[int, int]]:
-    """Block numbers as ranges."""
-    ranges: list[tuple[int, int]] = []
-    for block in sorted(set(blocks)):
-        if ranges and ranges[-1][1] == block:
-            ranges[-1] = (ranges[-1][0], block + 1)
-        else:
-            ranges.append((block, block + 1))
-    return ranges

@@ -356,3 +356,8 @@ def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             joined.append((lo, hi))
     return joined
+
+
+def ranges(blocks: Iterable[int]) -> list[tuple[int, int]]:
+    """Block numbers as ranges."""
+    return _joined([(block, block + 1) for block in sorted(set(blocks))])

@@ -9,103 +9,12 @@ Only changes between nothing and something travel to the parent, so pins and cop
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 
 from tierkv.keys import KEY_BYTES, Key
 from tierkv.layout import TOKEN_BYTES
-from tierkv.policies.base import Policy
-from tierkv.strands import ABSENT, HELD, PENDING, Holding, Strand, agree, same
-
-FREE, TAKEN, FILLED = 0, 1, 2
-
-
-@dataclass(frozen=True, slots=True)
-class TierSpec:
-    """A tier as the index knows it.
-
-    placed: blocks sit in numbered places [0, capacity_blocks) that the index gives out (slabs); otherwise they are only
-    counted. policy: an instance of its own.
-    """
-
-    name: str
-    capacity_blocks: int
-    placed: bool
-    policy: Policy
-
-
-class Room:
-    """The places of one tier and who has them: free, taken (reserved, pending) or filled (held)."""
-
-    def __init__(self, spec: TierSpec) -> None:
-        self.name = spec.name
-        self.capacity = spec.capacity_blocks
-        self.policy = spec.policy
-        self.placed = spec.placed
-        self.held = 0
-        self.taken = 0
-        self.pinned = 0  # sum over leases of the blocks each may keep here: an upper bound of what is protected
-        self.evicted = 0
-        self.lost = 0
-        self._free = array("i", range(self.capacity - 1, -1, -1) if spec.placed else ())
-        self._owner = bytearray(self.capacity if spec.placed else 0)
-
-    @property
-    def num_free(self) -> int:
-        """Blocks that may be taken now."""
-        return self.capacity - self.held - self.taken
-
-    def take(self, count: int) -> list[int]:
-        """Take `count` of the free places, adjacent ones where possible."""
-        self.taken += count
-        if not self.placed or not count:
-            return []
-        places = self._free[: -count - 1 : -1].tolist()
-        del self._free[-count:]
-        self._set(places, FREE, TAKEN)
-        return places
-
-    def give_back(self, places: Sequence[int], count: int) -> None:
-        """Make taken places free."""
-        if self.placed:
-            self._set(places, TAKEN, FREE)
-            self._free.extend(reversed(places))
-        elif count > self.taken:
-            raise ValueError(f"{count} blocks given back to tier {self.name}: only {self.taken} are taken")
-        self.taken -= count
-
-    def fill(self, places: Sequence[int], count: int) -> None:
-        """Blocks are in the taken places now."""
-        if self.placed:
-            self._set(places, TAKEN, FILLED)
-        elif count > self.taken:
-            raise ValueError(f"{count} blocks put into tier {self.name}: only {self.taken} are reserved")
-        self.taken -= count
-        self.held += count
-
-    def empty(self, places: Sequence[int], count: int) -> None:
-        """Blocks left; the places are taken, not free yet."""
-        if self.placed:
-            self._set(places, FILLED, TAKEN)
-        self.held -= count
-        self.taken += count
-
-    def _set(self, places: Sequence[int], old: int, new: int) -> None:
-        owner = self._owner
-        for place in places:
-            if owner[place] != old:
-                raise ValueError(f"place {place} of tier {self.name} is not {('free', 'reserved', 'in use')[old]}")
-        for place in places:
-            owner[place] = new
-
-    def check(self, filled: list[int]) -> None:
-        """Verify the accounts; filled: the places of all blocks held."""
-        assert min(self.held, self.taken, self.num_free) >= 0, self.name
-        if self.placed:
-            assert len(set(filled)) == len(filled) == self.held == self._owner.count(FILLED), self.name
-            assert all(self._owner[place] == FILLED for place in filled), self.name
-            assert len(self._free) == len(set(self._free)) == self.num_free == self._owner.count(FREE), self.name
-            assert all(self._owner[place] == FREE for place in self._free), self.name
+from tierkv.rooms import Room, TierSpec
+from tierkv.strands import ABSENT, HELD, PENDING, Fork, Holding, Strand, agree, common, same
 
 
 class Tree:
@@ -222,6 +131,26 @@ class Tree:
             strand, end = strand.parent, strand.at
         return strand, min(end, num_blocks - strand.depth)
 
+    def head(self, strand: Strand, end: int, rest: bytes) -> tuple[Strand, int, int] | None:
+        """The held block after the path (strand, end) that agrees longest with `rest`: its strand, its number, the tokens."""
+        size = self.block_bytes
+        best, shared = None, 0
+        if end < strand.size and strand.tier_of(end) is not None:
+            shared = common(bytes(strand.tok[end * size : (end + 1) * size]), rest)
+            if shared:
+                best = (strand, end, shared)
+        found = strand.children.get(end) if strand.children else None
+        if type(found) is Strand:
+            nearest: Iterable[tuple[int, Strand]] = ((common(bytes(found.tok[:size]), rest), found),)
+        else:
+            nearest = found.nearest(rest) if isinstance(found, Fork) else ()
+        for agreed, child in nearest:
+            if agreed <= shared:
+                break
+            if child.tier_of(0) is not None:
+                return child, 0, agreed
+        return best
+
     # -- growing and trimming --------------------------------------------------------------------------------------
 
     def grow(self, strand: Strand, end: int, tokens: bytes) -> tuple[Strand, int]:
@@ -267,7 +196,7 @@ class Tree:
 
     def trim(self, strand: Strand) -> None:
         """Take the blocks out of the tree that nothing needs: the tail of this strand, then of its parents."""
-        while strand.parent:
+        while strand.parent and strand.size:  # none: it has been taken off before
             size = max((len(holding.state) for holding in strand.holdings if holding), default=0)
             if size < strand.size:
                 size = max(size, max(strand.holds or (0,)), max(strand.children or (0,)))
@@ -281,9 +210,10 @@ class Tree:
                 strand.size = size
                 return
             self.num_strands -= 1
+            strand.size = 0
             strand.parent.unhang(strand, bytes(strand.tok[: self.block_bytes]))
             strand = strand.parent
-        if not strand.children and not strand.holds:
+        if not strand.parent and not strand.children and not strand.holds:
             self.roots.pop(Key(bytes(strand.keys)), None)
 
     # -- what tiers hold -------------------------------------------------------------------------------------------
@@ -373,6 +303,33 @@ class Tree:
             room.policy.forgot(strand, hi - lo)
             room.give_back(self.forget(strand, lo, hi, tier), hi - lo)
         return done
+
+    def goes_with(self, strand: Strand, blocks: int, tier: int, below: int | None) -> Iterator[tuple[Strand, int, int]]:
+        """Ranges that are not below yet, last first, of what goes when this victim goes: its tail, and then whatever
+        above it was used last together with it; or else the next part of the strand.
+        """
+        span = strand.span(tier)
+        tail = max(span[0], span[1] - blocks)
+        while span[0] < span[1]:
+            ranges = [(span[0], span[1])]
+            if under := strand.holdings[below] if below is not None else None:
+                ranges = list(under.absent(*span))[::-1]
+            if ranges and ranges[0][1] <= tail:
+                lo, hi = ranges[0]
+                tail = max(lo, strand.stamp_start(hi - 1))
+            for lo, hi in ranges:
+                if hi > tail:
+                    yield strand, max(lo, tail), hi
+            parent = strand.parent
+            if tail > 0 or parent is None or not (above := parent.holdings[tier]):
+                return
+            assert above.hang
+            if max(above.hang) != strand.at or above.hang[strand.at] > 1:
+                return
+            span = above.span(floor=max((at for at in above.hang if at != strand.at), default=0))
+            if span[0] == span[1] or parent.stamp(span[1] - 1) != strand.stamp(0):
+                return
+            strand, tail = parent, max(span[0], parent.stamp_start(span[1] - 1))
 
     def _only(self, strand: Strand, lo: int, hi: int, tier: int) -> int:
         """How many blocks of [lo, hi) no other tier holds."""

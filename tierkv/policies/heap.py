@@ -5,23 +5,25 @@ from heapq import heapify, heappop, heappush
 
 from tierkv.policies.base import Leaf, Policy, Victim
 
+Rank = tuple[float, float]
+
 
 class HeapPolicy(Policy):
-    """Forgets the tail with the lowest worth, the deepest of equals.
+    """Forgets the tail of the lowest rank.
 
-    One live entry per strand, never worth more than its tail: worth that rises is found out when the entry comes up,
-    worth that falls makes a new entry and leaves the old one dead.
+    One live entry per strand, never ranked higher than its tail: a rank that rises is found out when the entry comes up,
+    one that falls makes a new entry and leaves the old one dead.
     """
 
     def __init__(self, *, tier: int) -> None:
         self.tier = tier
-        self._heap: list[tuple[float, int, int, Leaf]] = []
-        self._live: dict[Leaf, tuple[float, int, int, Leaf]] = {}
+        self._heap: list[tuple[Rank, int, Leaf]] = []
+        self._live: dict[Leaf, tuple[Rank, int, Leaf]] = {}
         self._count = 0  # breaks ties, so that strands are never compared
 
     @abstractmethod
-    def worth(self, strand: Leaf, block: int) -> float:
-        """What keeping this block, the last one, is worth."""
+    def rank(self, strand: Leaf, block: int) -> Rank:
+        """What keeping this block, the last one, is worth; the second number decides between equals."""
 
     @abstractmethod
     def start(self, strand: Leaf, block: int) -> int:
@@ -38,7 +40,7 @@ class HeapPolicy(Policy):
         """See Policy."""
         lo, hi = strand.span(self.tier)
         if lo < hi:
-            self._push(strand, self.worth(strand, hi - 1), hi)
+            self._push(strand, self.rank(strand, hi - 1))
 
     def withdraw(self, strand: Leaf) -> None:
         """See Policy."""
@@ -51,26 +53,25 @@ class HeapPolicy(Policy):
         """See Policy."""
         while self._heap:
             entry = heappop(self._heap)
-            strand = entry[3]
+            old, _, strand = entry
             if self._live.get(strand) is not entry:
                 continue
             del self._live[strand]
             lo, hi = strand.span(self.tier)
             if lo == hi:
                 continue
-            worth = self.worth(strand, hi - 1)
-            if (worth, -strand.depth - hi) > entry[:2]:
-                self._push(strand, worth, hi)
+            rank = self.rank(strand, hi - 1)
+            if rank > old:
+                self._push(strand, rank)
                 continue
             return Victim(strand, hi - max(lo, self.start(strand, hi - 1)))
         return None
 
-    def _push(self, strand: Leaf, worth: float, hi: int) -> None:
+    def _push(self, strand: Leaf, rank: Rank) -> None:
         live = self._live.get(strand)
-        deep = -strand.depth - hi
-        if live is not None and (live[0], live[1]) <= (worth, deep):
+        if live is not None and live[0] <= rank:
             return
         self._count += 1
-        entry = (worth, deep, self._count, strand)
+        entry = (rank, self._count, strand)
         self._live[strand] = entry
         heappush(self._heap, entry)

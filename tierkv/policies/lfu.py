@@ -4,7 +4,7 @@ from bisect import bisect_left, bisect_right
 from typing import ClassVar
 
 from tierkv.policies.base import Leaf
-from tierkv.policies.heap import HeapPolicy
+from tierkv.policies.heap import HeapPolicy, Rank
 from tierkv.strands import Steps
 
 
@@ -72,8 +72,12 @@ class LfuPolicy(HeapPolicy):
         """What one use of a block is worth."""
         return 1.0
 
+    def rank(self, strand: Leaf, block: int) -> Rank:
+        """Worth; then the time of the last use, since uses are small numbers and many are equal."""
+        return self.worth(strand, block), strand.stamp(block)
+
     def worth(self, strand: Leaf, block: int) -> float:
-        """See HeapPolicy."""
+        """Age when it was last used, plus what its uses are worth."""
         uses = self._uses[strand]
         return uses.ages.at(block) + uses.frequency(block) * self.value(strand, block)
 

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from tierkv.policies.base import Leaf
-from tierkv.policies.heap import HeapPolicy
+from tierkv.policies.heap import HeapPolicy, Rank
 
 
 class LruPolicy(HeapPolicy):
@@ -16,9 +16,9 @@ class LruPolicy(HeapPolicy):
     name: ClassVar[str] = "lru"
     learns: ClassVar[bool] = False
 
-    def worth(self, strand: Leaf, block: int) -> float:
-        """Time of the last use."""
-        return strand.stamp(block)
+    def rank(self, strand: Leaf, block: int) -> Rank:
+        """Time of the last use; then the deeper one."""
+        return strand.stamp(block), -strand.depth - block
 
     def start(self, strand: Leaf, block: int) -> int:
         """Blocks of one use go together."""
