@@ -103,7 +103,7 @@ class RedisTier(Tier):
         introduce(address, self._servers.health)
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
-        """Exact for up to 512 keys and on a cluster; else exact up to the first absent key, and False from there on.
+        """Exact for up to 512 keys and on a cluster; else exact up to the first absent key, and mostly False after it.
 
         That is what a search for the longest known prefix needs, in two trips however many keys.
         """

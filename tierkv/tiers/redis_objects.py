@@ -221,7 +221,7 @@ class Objects:
                     outcomes[at] = State.DONE if answer == 1 else Miss.ABSENT
 
     def probe_run(self, wire: Wire, places: Sequence[int], outcomes: list[Outcome], *, names: Sequence[bytes]) -> None:
-        """Count present keys by groups, then look into the first group that is short; all after it are absent."""
+        """Count present keys by groups, then look into the first group that is short; all groups after it count as absent."""
         for trip in _windows(places, _GROUPS * _GROUP):
             groups = list(_windows(trip, _GROUP))
             wire.send(
