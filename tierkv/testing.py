@@ -19,13 +19,19 @@ import xxhash
 
 from tierkv.codecs.base import Codec
 from tierkv.errors import CodecError
+from tierkv.index import Index, TierSpec
 from tierkv.keys import Key, Namespace, chain
 from tierkv.layout import Layout
 from tierkv.metrics import Metrics
+from tierkv.policies.base import Policy
 from tierkv.tiers.base import Miss, Run, Tier
 
 SMALL: Layout = Layout(num_layers=2, num_kv_heads=2, head_dim=20, dtype="bfloat16")
 """A layout for tests: 5,120 bytes a block, on purpose no multiple of the 4,096 that disks like."""
+
+
+PROMPTS: Key = Key(b"prompts." * 4)
+"""The namespace that PolicyContract uses."""
 
 
 def make_run(length: int, *, seed: int, layout: Layout = SMALL, after: Run | None = None) -> Run:
@@ -343,6 +349,100 @@ class CodecContract:
         stored = self.stored(codec, block)
         with pytest.raises(CodecError):
             codec.decode(memoryview(block if stored is None else stored), memoryview(bytearray(size)))
+
+
+class PolicyContract:
+    """What every eviction policy promises, driven by the index as a tier's own; a token is a block. Hook: `make`."""
+
+    def make(self, tier: int) -> Policy:
+        """Return a policy that knows nothing yet, for the tier of this number."""
+        raise NotImplementedError
+
+    def fill(self, prompts: Sequence[Sequence[int]], *, capacity: int = 500) -> Index:
+        """Return an index of one tier that has saved `prompts` in order."""
+        index = Index(block_tokens=1, tiers=[TierSpec("host", capacity, True, self.make(0))])
+        for prompt in prompts:
+            self.save(index, prompt)
+        return index
+
+    def save(self, index: Index, prompt: Sequence[int]) -> None:
+        """Use a prompt, and save what is missing of it as far as there is room."""
+        tokens = np.array(prompt, "<i4").tobytes()
+        with index.acquire(PROMPTS, tokens) as lease:
+            lo = lease.num_blocks
+            room = index.reserve(0, len(prompt) - lo, at_least=0)
+            assert room
+            index.extend(lease, tokens[4 * lo : 4 * (lo + room.count)], tier=0, places=room.places)
+
+    def holds(self, index: Index, prompt: Sequence[int]) -> int:
+        """Leading blocks of a prompt that are held; asking is no use of them."""
+        return index.match(PROMPTS, np.array(prompt, "<i4").tobytes()).num_blocks
+
+    @pytest.fixture
+    def prompts(self) -> list[list[int]]:
+        """Prompts that branch and come back, the same in every run."""
+        random = np.random.default_rng(11)
+        prompts: list[list[int]] = [[1]]
+        for _ in range(100):
+            old = prompts[random.integers(len(prompts))]
+            prompts.append(
+                old[: random.integers(1, len(old) + 1)] + random.integers(2, 9, random.integers(1, 6)).tolist()
+            )
+        return prompts
+
+    def test_nothing_to_forget_is_none(self) -> None:
+        policy = self.make(0)
+        assert policy.pop() is None and policy.pop() is None
+
+    def test_everything_unpinned_is_forgotten_in_the_end(self, prompts: list[list[int]]) -> None:
+        index = self.fill(prompts)
+        held = index.stats().tiers[0].held
+        assert held > 100 and index.evict(0).evicted == held
+        assert index.stats().num_strands == 0 and index.evict(0).evicted == 0
+
+    def test_prefix_outlives_its_branches(self, prompts: list[list[int]]) -> None:
+        index = self.fill(prompts)
+        for left in range(index.stats().tiers[0].held - 1, -1, -1):
+            assert index.evict(0, 1).evicted == 1
+            reachable = {tuple(prompt[: at + 1]) for prompt in prompts for at in range(self.holds(index, prompt))}
+            assert len(reachable) == left, "a block outlived its prefix"
+
+    def test_pinned_path_survives(self, prompts: list[list[int]]) -> None:
+        index = self.fill(prompts)
+        kept = max(prompts, key=len)
+        with index.acquire(PROMPTS, np.array(kept, "<i4").tobytes()) as lease:
+            index.evict(0)
+            assert index.stats().tiers[0].held == lease.num_blocks == self.holds(index, kept) == len(kept)
+        assert index.evict(0).evicted == len(kept)
+
+    def test_room_is_made_whenever_it_can_be(self, prompts: list[list[int]]) -> None:
+        index = self.fill([], capacity=40)
+        for prompt in prompts:
+            self.save(index, prompt)
+            assert self.holds(index, prompt) == min(len(prompt), 40)
+            index.check([])
+
+    def test_same_uses_give_the_same_order(self, prompts: list[list[int]]) -> None:
+        one, other = self.fill(prompts, capacity=60), self.fill(prompts, capacity=60)
+        for _ in range(60):
+            assert one.evict(0, 1).evicted == other.evict(0, 1).evicted
+            assert [self.holds(one, prompt) for prompt in prompts] == [self.holds(other, prompt) for prompt in prompts]
+
+    def test_looking_ahead_changes_nothing(self, prompts: list[list[int]]) -> None:
+        """`Index.spill` pops victims and offers them back."""
+        specs = [[TierSpec(name, 60, True, self.make(at)) for at, name in enumerate(("host", "far"))] for _ in "ab"]
+        one, other = (Index(block_tokens=1, tiers=each) for each in specs)
+        for prompt in prompts:
+            self.save(one, prompt)
+            self.save(other, prompt)
+            for lease in one.spill(0, 1, 5):
+                lease.release()
+            assert [self.holds(one, each) for each in prompts] == [self.holds(other, each) for each in prompts]
+
+    def test_scan_passes_through(self) -> None:
+        """What is used once must make room for what is used once later."""
+        index = self.fill([[9, at] for at in range(100)], capacity=20)
+        assert self.holds(index, [9, 99]) == 2 and self.holds(index, [9, 10]) == 1
 
 
 class StepExecutor(Executor):
