@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from tierkv.index import Index, Lease, TierSpec
-from tierkv.keys import Key
+from tierkv.keys import Key, chain
 from tierkv.policies import make
+from tierkv.tiers.base import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest_benchmark.logger.PytestBenchmarkWarning")  # rows timed here
 
@@ -136,12 +137,6 @@ def test_extend(versus: Any) -> None:
     lease = index.acquire(ROOT, prompt)
     kept: list[Any] = []
 
-    def shorten() -> None:
-        lease.shrink(8192)
-        index.evict(0, 128)
-        index.evict(0, 0)
-        kept[:] = [index.reserve(0, 128)]
-
     def run() -> None:
         index.extend(lease, more, tier=0, places=kept[0].places)
 
@@ -163,6 +158,25 @@ def test_extend(versus: Any) -> None:
         index.evict(0, 128)
 
     versus.add("+2k tokens on a 128k chat, room included", best_us(room_too, before=undo_all), "us", "target", 120, 300)
+
+
+def test_restore(versus: Any) -> None:
+    """A start with 100,000 blocks on disk, in runs of 32 that come in any order; half the time is checking their keys."""
+    runs, keys_s = [], 0.0
+    for _ in range(100):
+        data = tokens(1000 * BLOCK_TOKENS)
+        start = time.perf_counter()
+        keys = chain(ROOT, data, block_tokens=BLOCK_TOKENS)
+        keys_s += time.perf_counter() - start
+        for at in range(0, 1000, 32):
+            part = data[at * BLOCK_BYTES : (at + 32) * BLOCK_BYTES]
+            runs.append(Run(ROOT, keys[at - 1] if at else ROOT, at, tuple(keys[at : at + 32]), part))
+    RANDOM.shuffle(runs)  # type: ignore[arg-type]  # a list is a mutable sequence
+    index = new_index(100_000)
+    start = time.perf_counter()
+    assert not index.restore(2, runs)
+    elapsed = time.perf_counter() - start
+    versus.add("restore of 100,000 blocks", elapsed, "s", "hashing them", keys_s)
 
 
 def test_first_insert(versus: Any) -> None:

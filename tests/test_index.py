@@ -206,8 +206,15 @@ def test_place_is_given_back_once() -> None:
     index.free(DEVICE, room.places)
     with pytest.raises(ValueError, match="not reserved"):
         index.free(DEVICE, room.places)
-    with index.acquire(ROOT, b"") as lease, pytest.raises(ValueError, match="not reserved"):
-        index.extend(lease, prompt(1), tier=DEVICE, places=[5])
+    room = index.reserve(DEVICE, 2)
+    assert room
+    for wrong in ([0, 0], [0, -1], [0, 16], [0, 5]):
+        with pytest.raises(ValueError, match="not reserved"):
+            index.free(DEVICE, wrong)
+        with index.acquire(ROOT, b"") as lease, pytest.raises(ValueError, match="not reserved"):
+            index.extend(lease, prompt(1, 2), tier=DEVICE, places=wrong)
+        index.check([])
+    index.free(DEVICE, room.places)
     with pytest.raises(ValueError, match="only 0"):
         index.free(DISK, count=1)
 

@@ -382,6 +382,8 @@ class Index:
         found: list[Key] = []
         with self._lock:
             for strand, _, end in segments:
+                if strand.num_keys < end:
+                    raise LookupError("keys of a lease that was released meanwhile")
                 found += [strand.key(block) for block in range(max(start - strand.depth, 0), end)]
         return found
 

@@ -51,6 +51,7 @@ class Room:
             return []
         places = self._free[: -count - 1 : -1].tolist()
         del self._free[-count:]
+        places.sort()  # neighbours are moved in one copy
         self._set(places, FREE, TAKEN)
         return places
 
@@ -81,10 +82,11 @@ class Room:
 
     def _set(self, places: Sequence[int], old: int, new: int) -> None:
         owner = self._owner
-        for place in places:
-            if owner[place] != old:
+        for at, place in enumerate(places):
+            if not 0 <= place < self.capacity or owner[place] != old:
+                for done in places[:at]:
+                    owner[done] = old
                 raise ValueError(f"place {place} of tier {self.name} is not {('free', 'reserved', 'in use')[old]}")
-        for place in places:
             owner[place] = new
 
     def check(self, filled: list[int]) -> None:
