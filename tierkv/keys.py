@@ -87,6 +87,8 @@ def token_bytes(tokens: Tokens) -> bytes:
     if isinstance(tokens, list | tuple):
         return _pack(tokens)
     if hasattr(tokens, "detach"):  # a torch tensor; its numpy view shares memory
+        if str(tokens.dtype) not in ("torch.int32", "torch.int64"):
+            raise TokensError(f"tokens of dtype {tokens.dtype}: give int32 or int64 ids")
         tokens = tokens.detach().cpu().numpy()
     if hasattr(tokens, "__array__") and not hasattr(tokens, "__buffer__") and not hasattr(tokens, "dtype"):
         tokens = tokens.__array__()
@@ -103,7 +105,7 @@ def _from_buffer(view: memoryview) -> bytes:
     if view.ndim != 1:
         raise TokensError(f"tokens with shape {view.shape}: give one dimension, one prompt at a time")
     kind = view.format.lstrip("@=<")
-    if kind in ("B", "b", "c"):
+    if kind in ("B", "c"):  # bytes; not int8, which could only be ids
         return _checked(view.tobytes())
     if kind in ("i", "l", "q") and view.itemsize == TOKEN_BYTES:
         return view.tobytes() if sys.byteorder == "little" else _pack(view.tolist())
@@ -117,7 +119,9 @@ def _narrow(view: memoryview) -> bytes:
 
     wide = np.ascontiguousarray(view, dtype="<i8")
     narrow = wide.astype("<i4")
-    if wide.view("<i4")[1::2].any() and not np.array_equal(narrow, wide):  # high words first: 2x cheaper
+    # High words first: cheaper than comparing all. They are all zero too for [2**31, 2**32), which then turns negative.
+    suspect = wide.view("<i4")[1::2].any() or narrow.min(initial=0) < 0
+    if suspect and not np.array_equal(narrow, wide):
         raise TokensError(f"token ids between {wide.min()} and {wide.max()}: must fit in int32")
     return narrow.tobytes()
 
