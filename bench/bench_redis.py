@@ -1,7 +1,7 @@
 """Redis put and get against a bare socket that says the same SET and GET, and against redis-py's own path.
 
-The bare socket receives into one preallocated area, as long as the batch, without parsing, and verifies nothing; the tier
-checks every length, key and checksum. What the checksum alone costs is a row of its own.
+The bare socket sends the same blocks, and receives into one preallocated area as long as the batch without parsing; it
+verifies nothing. The tier checks every length, key and checksum. What the checksum alone costs is a row of its own.
 """
 
 import socket
@@ -37,16 +37,18 @@ def server() -> Iterator[EmbeddedValkey]:
 class Bare:
     """SET and GET of objects as long as the tier's, by socket calls alone."""
 
-    def __init__(self, server: EmbeddedValkey, link: str, names: Sequence[bytes], size: int) -> None:
+    def __init__(self, server: EmbeddedValkey, link: str, names: Sequence[bytes], blocks: Sequence[memoryview]) -> None:
         if link == "unix":
             self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self.sock.connect(str(server.socket_path))
         else:
             self.sock = socket.create_connection(("127.0.0.1", server.port))
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        size = HEADER_BYTES + len(blocks[0])
         self.gets = b"".join(b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name) for name in names)
         self.heads = [b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, size) for name in names]
-        self.payload = memoryview(np.random.default_rng(1).bytes(size))
+        self.pad = memoryview(bytes(HEADER_BYTES))
+        self.blocks = blocks
         self.count = len(names)
         self.area = memoryview(bytearray((len(b"$%d\r\n" % size) + size + 2) * self.count))
 
@@ -57,8 +59,8 @@ class Bare:
             left = left[self.sock.recv_into(left) :]
 
     def set(self) -> None:
-        for head in self.heads:
-            pieces = [memoryview(head), self.payload, memoryview(b"\r\n")]
+        for head, block in zip(self.heads, self.blocks, strict=True):
+            pieces = [memoryview(head), self.pad, block, memoryview(b"\r\n")]
             while pieces:
                 sent = self.sock.sendmsg(pieces)
                 while pieces and sent >= len(pieces[0]):
@@ -83,7 +85,7 @@ class Bench:
         self.area = np.random.default_rng(2).integers(0, 256, (count, layout.block_bytes), dtype=np.uint8)
         self.blocks = [memoryview(row) for row in self.area]
         self.outs = [memoryview(row) for row in np.zeros_like(self.area) + np.uint8(1)]
-        self.bare = Bare(server, link, [b"bare:" + key for key in self.run.keys], layout.block_bytes + HEADER_BYTES)
+        self.bare = Bare(server, link, [b"bare:" + key for key in self.run.keys], self.blocks)
         self.library = [b"library:" + key for key in self.run.keys]
 
     def put(self) -> None:
