@@ -220,6 +220,7 @@ def test_smollm2_says_the_same_from_every_tier(chunk: int, tmp_path: Path, valke
         cold = setup.run(prompts)
         setup.store.flush()
         assert setup.run(prompts) == cold
+        setup.store.flush()
         setup.store.evict_device()
         assert setup.run(prompts) == cold
         assert setup.reused("device") > 2000 and setup.reused("host") > 2000

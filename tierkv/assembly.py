@@ -8,8 +8,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from tierkv.config import Config
-from tierkv.errors import ConfigError
-from tierkv.keys import Key, Namespace
+from tierkv.keys import Namespace
 from tierkv.layout import Layout
 from tierkv.metrics import Metrics
 from tierkv.values import hide_password
@@ -59,8 +58,8 @@ def open_store(
 
     metrics, transfer, on = metrics or Metrics(), config.transfer, torch.device(device)
     cost = CostModel(block_tokens=layout.block_tokens, block_bytes=layout.block_bytes)
-    num_pages = _blocks("device.capacity", config.device.capacity, layout)
-    num_host = _blocks("host.capacity", config.host.capacity, layout)
+    config.check_layout(layout)
+    num_pages, num_host = config.device.capacity // layout.block_bytes, config.host.capacity // layout.block_bytes
     piece = max(1, min(MAX_PIECE_BLOCKS, PIECE_BYTES // layout.block_bytes))
     spares: SimpleQueue[list[int]] = SimpleQueue()
     for at in range(transfer.load_threads):
@@ -88,7 +87,7 @@ def open_store(
         index = _index(config, layout, cost, sizes)
         _observe(metrics, index)
         store = Store(
-            root=_root(config, layout, model),
+            root=Namespace(model, layout, tenant=config.store.tenant).root(config.secret()),
             layout=layout,
             places=Places(index, pool, host, spares, metrics, cost, clock),
             below=below,
@@ -141,25 +140,6 @@ def open_engine(name: "str | Path", config: Config | None = None) -> "Iterator[t
         engine = Engine.from_pretrained(name, engine_config, connector=connect, metrics=metrics)
         opened.enter_context(engine)
         yield engine, stores[0]
-
-
-def _blocks(option: str, capacity: int, layout: Layout) -> int:
-    if capacity < layout.block_bytes:
-        raise ConfigError(
-            f"{option} = {capacity}: smaller than one block of this model; "
-            f"give at least {layout.block_bytes} bytes ({layout.block_tokens} tokens)"
-        )
-    return capacity // layout.block_bytes
-
-
-def _root(config: Config, layout: Layout, model: str) -> Key:
-    secret = b""
-    if config.store.secret_file is not None:
-        try:
-            secret = config.store.secret_file.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"store.secret_file: {error}; give a file that this process may read") from error
-    return Namespace(model, layout, tenant=config.store.tenant).root(secret)
 
 
 def _disk(config: Config, layout: Layout, metrics: Metrics, mover: "Mover") -> "DiskTier | None":

@@ -6,6 +6,7 @@ The parent compares the tokens that each stage generated with those of the cold 
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -86,24 +87,24 @@ def _stage(stages: Sequence[str], model: str, options: Mapping[str, str], progre
     """Run stages in a new process, passing its progress on."""
     task = {"stages": stages, "model": model, "options": dict(options)}
     progress(stages[0], 0, 0)
-    child = subprocess.Popen(
-        [sys.executable, "-m", "tierkv.demo", json.dumps(task)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-m", "tierkv.demo", json.dumps(task)]
     reports = []
-    with _killed_at_end(child):
-        assert child.stdout is not None and child.stderr is not None
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as errors,  # a pipe that nobody reads would fill up
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child,
+        _killed_at_end(child),
+    ):
+        assert child.stdout is not None
         for line in child.stdout:
             event = json.loads(line)
             if "done" in event:
                 progress(event["stage"], event["done"], event["total"])
             else:
                 reports.append(event)
-        errors = child.stderr.read().strip()
         if child.wait() != 0 or len(reports) != len(stages):
-            reason = errors.splitlines()[-1] if errors else f"exit code {child.returncode}"
+            errors.seek(0)
+            said = errors.read().strip().splitlines()
+            reason = said[-1] if said else f"exit code {child.returncode}"
             raise TierKVError(f"stage {stages[len(reports) % len(stages)]} of the demo failed: {reason}")
     return reports
 
@@ -115,7 +116,6 @@ def _killed_at_end(child: "subprocess.Popen[str]") -> Iterator[None]:
     finally:
         if child.poll() is None:
             child.kill()
-        child.communicate()
 
 
 # -- inside a stage's process -----------------------------------------------------------------------------------------
@@ -132,7 +132,8 @@ def _work(task: Mapping[str, Any]) -> None:
 
     fixed = {"device.capacity": DEVICE, "host.capacity": HOST, "disk.capacity": DISK, "engine.dtype": "float32"}
     options = fixed | task["options"]
-    config = load(environ={}, overrides=[f"{key}={value}" for key, value in options.items()], path=None).config
+    overrides = [f"{key}={value}" for key, value in options.items()]
+    config = load(Path(os.devnull), environ={}, overrides=overrides).config  # nobody's own options: the demo's alone
     document = (files("tierkv") / "data" / "demo_document.md").read_text(encoding="utf-8")
     with open_engine(task["model"], config) as (engine, store):
         prompt = engine.chat_prompt([{"role": "user", "content": f"{document}\n\n{QUESTION}"}])
