@@ -98,3 +98,6 @@ class PagedConnector(Connector):
         num_tokens: tokens of the request whose KV is written. Once resolved the request is unpinned, its private pages
         may be freed, and a later `match` of the same request and tokens finds all of it, the tail included.
         """
+
+    def computed(self, *, num_tokens: int, context_tokens: int, seconds: float) -> None:
+        """Say that prefill of `num_tokens`, after `context_tokens` others, took `seconds`; for stores that weigh costs."""

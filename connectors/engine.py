@@ -171,6 +171,10 @@ class EngineConnector(PagedConnector):
         """Give private pages back."""
         self.store.free(pages)
 
+    def computed(self, *, num_tokens: int, context_tokens: int, seconds: float) -> None:
+        """Let the cost model learn what recomputing costs."""
+        self.store.places.cost.observe_prefill(num_tokens, context_tokens, seconds)
+
     def poll(self) -> Progress:
         """Answer late loads, and count what has moved since the last call."""
         self.store.poll()

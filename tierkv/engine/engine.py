@@ -227,7 +227,7 @@ class Engine:
                 "this model has no chat template: render the conversation yourself and give it as a prompt"
             )
         text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -244,8 +244,12 @@ class Engine:
         self.metrics.ttft_seconds.observe(stats.ttft_s)
         if stats.tpot_s is not None:
             self.metrics.tpot_seconds.observe(stats.tpot_s)
-        self.metrics.tokens_missed.add(stats.sources.get("computed", 0))
+        self.stats.preemptions += stats.preemptions
         for source, num_tokens in stats.sources.items():
+            if source == "computed":
+                self.metrics.tokens_missed.add(num_tokens)
+            else:
+                self.metrics.tokens_hit.add(num_tokens, source)
             self.stats.sources[source] = self.stats.sources.get(source, 0) + num_tokens
 
     def _output(self, request: Request) -> Output:
@@ -268,7 +272,7 @@ class Engine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("this model has no tokenizer: give the prompt as token ids")
-            prompt = self.tokenizer(prompt).input_ids
+            prompt = self.tokenizer(prompt, verbose=False).input_ids  # too long is ours to say, in one line
         try:
             return array("i", token_bytes(prompt))
         except TokensError as error:

@@ -150,7 +150,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         return {name: about[name] for name in ("format", "layout", "block_bytes", "fingerprint")}
     except (KeyError, TypeError):
         raise ConfigError(
-            f"folder {folder} is no disk folder of tierkv: give another one (disk.path), or delete it"
+            f"folder {folder} is no disk folder of tierkv: give the folder of a disk tier (disk.path), or a new one"
         ) from None
 
 
