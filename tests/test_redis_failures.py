@@ -152,6 +152,22 @@ def test_hanging_server_is_left_alone_after_three_batches(own: EmbeddedValkey, m
     tier.close()
 
 
+def test_no_deadline_is_too_short_or_too_long(own: EmbeddedValkey) -> None:
+    tier = tier_at(own.url, Metrics(), down_after=10_000)
+    run = make_run(2, seed=1)
+    assert all(tier.write(run, blocks_of(run), deadline_s=float("inf")))
+    outs = [memoryview(bytearray(SMALL.block_bytes)) for _ in run.keys]
+    assert tier.read(run.keys, outs, deadline_s=float("inf")) == [True, True]
+    assert tier.read(run.keys, outs, deadline_s=-1.0) == [False, False]
+    own.pause()
+    for number in range(300):
+        deadline_s = 1e-7 * 1.04**number
+        assert within(deadline_s, lambda of=deadline_s: tier.read(run.keys, outs, deadline_s=of)) == [False] * 2  # type: ignore[misc]
+    own.resume()
+    assert read_blocks(tier, run.keys) == [block_of(key) for key in run.keys]
+    tier.close()
+
+
 def test_server_that_hangs_at_the_greeting_costs_no_more_than_its_bound(own: EmbeddedValkey, metrics: Metrics) -> None:
     own.pause()
     tier = within(2.0, lambda: tier_at(own.tcp_url, metrics))

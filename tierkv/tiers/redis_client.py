@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+import redis
 from redis.backoff import NoBackoff
 from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.exceptions import AuthenticationError, AuthorizationError, InvalidResponse, NoPermissionError, ResponseError
@@ -122,9 +123,12 @@ class _Bounded:
 
     def _connect(self: Any) -> socket.socket:  # Any: attributes of the other base
         # Half of what is left: a host name may have two addresses, a topology refresh several nodes to ask.
-        self.socket_connect_timeout = self.socket_timeout = min(self._usual_s, _seconds_left() / 2)
         try:
+            self.socket_connect_timeout = self.socket_timeout = min(self._usual_s, _seconds_left() / 2)
             sock = super()._connect()  # type: ignore[misc]  # the other base has it
+        except TimeoutError as error:
+            # redis-py 8.1 turns this into AttributeError on a unix socket: it looks for the port to log.
+            raise redis.exceptions.TimeoutError(f"{self._host_error()} did not accept in time") from error
         finally:
             self.socket_timeout = self._usual_s
         if isinstance(sock, ssl.SSLSocket):
