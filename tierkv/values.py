@@ -144,8 +144,9 @@ def _redis_url(given: object) -> str:
 
 def hide_password(text: str) -> str:
     """A URL as a person may see it."""
-    text = re.sub(r"(://[^/:@\s]*:)[^/\s]*@", r"\1***@", text)
-    return re.sub(r"([?&]password=)[^&\s\"]*", r"\1***", text)
+    # To the last @, as greedy as it looks: a password with @ or / in it must not show either.
+    text = re.sub(r"(://[^/:@\s]*:)[^\s\"]*@", r"\1***@", text)
+    return re.sub(r"([?&](?:ssl_)?password=)[^&\s\"]*", r"\1***", text)
 
 
 def choice(*names: str) -> Kind:
