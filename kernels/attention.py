@@ -19,16 +19,17 @@ Tensor = torch.Tensor
 
 
 class Reach(NamedTuple):
-    """Keys of one sequence that one kind of layer looks at.
+    """What one sequence looks at in layers of one kind.
 
-    rows: [2 * num_kv_heads * pages] rows of `[block_tokens, head_dim]` tiles to gather, or None where the keys of this
-    step are all there is.  start, stop: those keys within the gathered tokens.  mask: additive, [queries, keys], or
-    None where every query sees every key (decode), or plain causal order rules (rows is None).
+    rows: [2 * num_kv_heads * pages] rows of `[block_tokens, head_dim]` tiles to gather into `tiles`, of which `key` and
+    `value`, [num_kv_heads, 1, keys, head_dim], are views; all None where the keys of this step are all there is.
+    mask: additive, [queries, keys], or None where every query sees every key (decode) or plain causal order rules.
     """
 
     rows: Tensor | None
-    start: int
-    stop: int
+    tiles: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
     mask: Tensor | None
 
 
@@ -92,65 +93,66 @@ def paged_attention(
     """
     num_heads, num_tokens, dim = query.shape
     kv_heads = key.shape[0]
-    group = num_heads // kv_heads
-    out = query.new_empty(num_tokens, num_heads, dim)
-    packed = out.view(num_tokens, kv_heads, group, dim).permute(1, 2, 0, 3)
-    query = query.view(kv_heads, group, num_tokens, dim)
-    plain = softcap is None and sinks is None
-    for (first, last, _), reach in zip(batch.spans(), _reaches(query, pages, batch, window), strict=True):
-        q = query[:, :, first:last]
-        if reach.rows is None:
-            k, v = key[:, None, first:last], value[:, None, first:last]
-        else:
-            k, v = _gather(pages, reach, batch)
-        if not plain:
-            packed[:, :, first:last] = _explicit(q, k, v, reach.mask, scale=scale, softcap=softcap, sinks=sinks)
-        elif reach.mask is None and last - first == 1:
-            # The query heads of a group become query rows: 4-5x faster than enable_gqa in bf16 (2-core AMD EPYC VM, 2026-11).
-            q = q.transpose(1, 2)
-            packed[:, :, first:last] = scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-        else:
-            k, v = k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1)
-            causal = reach.mask is None
-            packed[:, :, first:last] = scaled_dot_product_attention(
-                q, k, v, attn_mask=reach.mask, is_causal=causal, scale=scale
-            )
-    return out
+    query = query.view(kv_heads, num_heads // kv_heads, num_tokens, dim)
+    reaches, spans = _reaches(query, pages, batch, window), batch.spans()
+    how = _How(scale, softcap, sinks)
+    if len(spans) == 1:
+        return _attend(query, key, value, pages, reaches[0], how).reshape(num_tokens, num_heads, dim)
+    out = query.new_empty(num_tokens, kv_heads, num_heads // kv_heads, dim)
+    for (first, last, _), reach in zip(spans, reaches, strict=True):
+        own = query[:, :, first:last]
+        out[first:last] = _attend(own, key[:, first:last], value[:, first:last], pages, reach, how)
+    return out.view(num_tokens, num_heads, dim)
 
 
-def _explicit(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
-    scores = q @ k.transpose(-1, -2) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+class _How(NamedTuple):
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, pages: Tensor, reach: Reach, how: _How) -> Tensor:
+    """One sequence: q [kv_heads, group, queries, head_dim], k and v of this step; returns [queries, kv_heads, group, head_dim].
+
+    Few operations on purpose: each costs 4-6 us while weights stream through the caches, in 30 layers (2-core Intel Xeon
+    VM, 2026-11-22).
+    """
+    if reach.rows is not None:
+        assert reach.tiles is not None and reach.key is not None and reach.value is not None
+        torch.index_select(_flat(pages, reach.tiles.shape[1]), 0, reach.rows, out=reach.tiles)
+        k, v = reach.key, reach.value
+    else:
+        k, v = k.unsqueeze(1), v.unsqueeze(1)
+    if how.softcap is not None or how.sinks is not None:
+        return _explicit(q, k, v, reach.mask, how).permute(2, 0, 1, 3)
+    if q.shape[2] == 1:
+        # The query heads of a group become query rows: 4-5x faster than enable_gqa in bf16 (2-core AMD EPYC VM, 2026-11).
+        return scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=how.scale).transpose(0, 1)
+    k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
+    causal = reach.mask is None
+    out = scaled_dot_product_attention(q, k, v, attn_mask=reach.mask, is_causal=causal, scale=how.scale)
+    return out.permute(2, 0, 1, 3)
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: _How) -> Tensor:
+    scores = q @ k.transpose(-1, -2) * how.scale
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap) * how.softcap
     if mask is not None:
         scores = scores + mask
     elif q.shape[2] > 1:
         scores = scores + _mask(q, first=0, start=0, stop=k.shape[2], window=None)
-    if sinks is None:
+    if how.sinks is None:
         return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
-    sink = sinks.to(scores.dtype).view(q.shape[0], q.shape[1], 1, 1).expand(-1, -1, q.shape[2], 1)
+    sink = how.sinks.to(scores.dtype).view(q.shape[0], q.shape[1], 1, 1).expand(-1, -1, q.shape[2], 1)
     probabilities = torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
     return probabilities.to(q.dtype) @ v
 
 
-def _gather(pages: Tensor, reach: Reach, batch: PagedBatch) -> tuple[Tensor, Tensor]:
-    """K and V of one sequence, [num_kv_heads, 1, keys, head_dim] each, valid until the next call."""
-    assert reach.rows is not None
-    _, _, heads, block_tokens, dim = pages.shape
-    numel = reach.rows.numel() * block_tokens * dim
-    if not batch.scratch or batch.scratch[0].numel() < numel:
-        batch.scratch[:] = [pages.new_empty(numel)]
-    tiles = batch.scratch[0][:numel].view(-1, block_tokens * dim)
-    torch.index_select(_flat(pages, block_tokens * dim), 0, reach.rows, out=tiles)
-    both = tiles.view(2, heads, 1, -1, dim)[..., reach.start : reach.stop, :]
-    return both[0], both[1]
-
-
 def _flat(pages: Tensor, width: int) -> Tensor:
     """Everything from this layer's first tile on, as rows: one index serves all layers, each with its own start."""
-    rows = ((pages.shape[0] - 1) * pages.stride(0) + pages[0].numel()) // width
+    num_pages, parts, heads, block_tokens, dim = pages.shape
+    rows = ((num_pages - 1) * pages.stride(0) + parts * heads * block_tokens * dim) // width
     return pages.as_strided((rows, width), (width, 1))
 
 
@@ -171,7 +173,7 @@ def _reaches(query: Tensor, pages: Tensor, batch: PagedBatch, window: int | None
 
 def _plan(query: Tensor, pages: Tensor, batch: PagedBatch, window: int | None) -> list[Reach]:
     _, parts, heads, block_tokens, dim = pages.shape
-    tiles = torch.arange(parts * heads, device=pages.device).view(parts * heads, 1)
+    order = torch.arange(parts * heads, device=pages.device).view(parts * heads, 1)
     starts = batch.tables.long() * (pages.stride(0) // (block_tokens * dim))
     plan = []
     for number, (first, last, length) in enumerate(batch.spans()):
@@ -181,12 +183,21 @@ def _plan(query: Tensor, pages: Tensor, batch: PagedBatch, window: int | None) -
         masked = num_queries > 1 and (past > 0 or (window is not None and length > window))
         mask = _mask(query, first=past, start=start, stop=length, window=window) if masked else None
         if past == 0:
-            plan.append(Reach(None, 0, length, mask))
+            plan.append(Reach(None, None, None, None, mask))
             continue
         low = start // block_tokens
-        rows = starts[number, low : -(-length // block_tokens)] + tiles
-        plan.append(Reach(rows.reshape(-1), start - low * block_tokens, length - low * block_tokens, mask))
+        rows = (starts[number, low : -(-length // block_tokens)] + order).view(-1)
+        tiles = _scratch(pages, batch, rows.numel() * block_tokens * dim).view(-1, block_tokens * dim)
+        both = tiles.view(parts, heads, 1, -1, dim)[..., start - low * block_tokens : length - low * block_tokens, :]
+        plan.append(Reach(rows, tiles, both[0], both[1], mask))
     return plan
+
+
+def _scratch(pages: Tensor, batch: PagedBatch, numel: int) -> Tensor:
+    """The same memory for every sequence and layer: what is gathered is used before the next is."""
+    if not batch.scratch or batch.scratch[0].numel() < numel:
+        batch.scratch[:] = [pages.new_empty(numel)]
+    return batch.scratch[0][:numel]
 
 
 def _mask(like: Tensor, *, first: int, start: int, stop: int, window: int | None) -> Tensor:

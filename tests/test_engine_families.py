@@ -1,5 +1,6 @@
 """Models of other families, tiny and random: the same greedy tokens as transformers' own generate, or a refusal."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -57,3 +58,23 @@ def test_a_refused_model_still_works_as_before() -> None:
         Engine(model, None, EngineConfig(num_pages=8))
     handle.remove()
     assert generate(model, prompt, num_tokens=4) == expected
+
+
+@pytest.mark.parametrize("family", ["llama, GQA, tied", "gpt-neox, partial rotary"])
+def test_one_row_in_bf16_gives_what_many_rows_give(family: str) -> None:
+    model = make_model(*FAMILIES[family]).to(torch.bfloat16)
+    plain = copy.deepcopy(model)
+    Engine(model, None, EngineConfig(num_pages=8))
+    pairs = [
+        (ours, theirs)
+        for ours, theirs in zip(model.modules(), plain.modules(), strict=True)
+        if type(theirs) is torch.nn.Linear
+    ]
+    assert pairs
+    generator = torch.Generator().manual_seed(0)
+    for ours, theirs in pairs:
+        for shape in ((1, 1, ours.in_features), (1, 3, ours.in_features)):
+            rows = torch.randn(shape, generator=generator).to(torch.bfloat16)
+            got, want = ours(rows), theirs(rows)
+            assert got.shape == want.shape
+            torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)

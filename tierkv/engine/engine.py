@@ -19,6 +19,7 @@ from tierkv.engine.core import Core
 from tierkv.engine.output import Output, RequestOutput, piece_of, sample_of
 from tierkv.engine.pages import PrivatePages
 from tierkv.engine.probe import attach
+from tierkv.engine.rows import use_rows
 from tierkv.engine.sampling import SamplingParams, derived_seed
 from tierkv.engine.sequence import Request, Sequence, State
 from tierkv.engine.stats import EngineStats, RequestStats
@@ -62,6 +63,7 @@ class Engine:
         self.layout = loading.layout_of(model, block_tokens=config.block_tokens)
         self._limit_context(loading.max_context(model))
         attach(model, self.layout, self.device)
+        use_rows(model)
         if connector is None:
             self.connector: PagedConnector = PrivatePages(self.layout, self.device, num_pages=self._num_pages())
         else:

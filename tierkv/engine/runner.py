@@ -33,17 +33,17 @@ _KNOWN: Final = frozenset(
 
 
 class Step:
-    """What `_attend` needs of a step; travels through the model as the keyword `paged`."""
+    """What `_attend` needs of a step; travels through the model as the keyword `paged`.
 
-    def __init__(self, pool: torch.Tensor, batch: PagedBatch) -> None:
-        self.batch = batch
+    layers: one strided view of the pool per layer, `[num_pages, 2, num_kv_heads, block_tokens, head_dim]`.
+    is_first: look at what the model passes; it passes the same ever after.
+    """
+
+    __slots__ = ("batch", "calls", "is_first", "layers")
+
+    def __init__(self, layers: List[torch.Tensor], batch: PagedBatch, *, is_first: bool) -> None:
+        self.layers, self.batch, self.is_first = layers, batch, is_first
         self.calls = 0
-        self._pool = pool
-
-    def layer(self, number: int) -> torch.Tensor:
-        """Pages of one layer: `[num_pages, 2, num_kv_heads, block_tokens, head_dim]`."""
-        self.calls += 1
-        return self._pool[:, number]
 
 
 class Runner:
@@ -51,6 +51,8 @@ class Runner:
 
     def __init__(self, model: Any, pool: torch.Tensor) -> None:  # Any: transformers is untyped here
         self._model, self._pool = model, pool
+        self._layers = list(pool.unbind(1))
+        self._is_first = True
         self._block_tokens = pool.shape[4]
         self._scratch: list[torch.Tensor] = []
 
@@ -58,13 +60,14 @@ class Runner:
     def run(self, work: List[Work]) -> torch.Tensor:
         """Compute the KV of the work's tokens; returns logits after the last token of each, [len(work), vocabulary]."""
         tokens, positions, batch, last = self._pack(work)
-        step = Step(self._pool, batch)
+        step = Step(self._layers, batch, is_first=self._is_first)
         output = self._model(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=last, paged=step)
-        if step.calls != self._pool.shape[1]:
+        if step.calls != len(self._layers):
             raise ModelError(
                 f"{type(self._model).__name__} made {step.calls} calls of the attention function for "
-                f"{self._pool.shape[1]} layers: its layers do not all keep their state as KV"
+                f"{len(self._layers)} layers: its layers do not all keep their state as KV"
             )
+        self._is_first = False
         logits: torch.Tensor = output.logits[0]
         return logits
 
@@ -115,13 +118,16 @@ def _attend(
     """The attention function transformers calls: query [1, num_heads, tokens, head_dim], key and value alike."""
     if paged is None:
         raise ModelError(f"{type(module).__name__} does not pass keyword arguments on to its attention")
-    _check_call(module, key, value, others)
-    pages = paged.layer(int(module.layer_idx))  # type: ignore[arg-type]  # an int on every attention module
-    write_kv(key[0], value[0], pages, paged.batch)
+    if paged.is_first:
+        _check_call(module, key, value, others)
+    paged.calls += 1
+    pages = paged.layers[module.layer_idx]  # type: ignore[call-overload]  # an int on every attention module
+    k, v = key[0], value[0]
+    write_kv(k, v, pages, paged.batch)
     out = paged_attention(
         query[0],
-        key[0],
-        value[0],
+        k,
+        v,
         pages,
         paged.batch,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
