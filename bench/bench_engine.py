@@ -97,7 +97,7 @@ def test_prefill(versus: Any, pair: tuple[str, Engine, Any]) -> None:
         lambda: generate_theirs(model, prompts, 1),
         unit="tok/s",
         amount=1024,
-        rounds=5,
+        rounds=9,
     )
 
 

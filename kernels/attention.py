@@ -10,12 +10,15 @@ token axis and may mix first prefill, chunked prefill and decode:
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 Tensor = torch.Tensor
+
+# 12 % less attention time than a chunk of 512 at once, fp32, 512 tokens before it (2-core Intel Xeon VM, 2026-11-22).
+_QUERIES: Final = 256
 
 
 class Reach(NamedTuple):
@@ -129,9 +132,19 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, pages: Tensor, reach: Reach, how: _
         # The query heads of a group become query rows: 4-5x faster than enable_gqa in bf16 (2-core AMD EPYC VM, 2026-11).
         return scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=how.scale).transpose(0, 1)
     k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
-    causal = reach.mask is None
-    out = scaled_dot_product_attention(q, k, v, attn_mask=reach.mask, is_causal=causal, scale=how.scale)
-    return out.permute(2, 0, 1, 3)
+    if reach.mask is None:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=how.scale).permute(2, 0, 1, 3)
+    # A mask hides keys but does not skip them, so queries go in parts that leave out the keys after their last.
+    out, past = q.new_empty(q.shape[2], *q.shape[:2], q.shape[3]), k.shape[2] - q.shape[2]
+    for first in range(0, q.shape[2], _QUERIES):
+        last = min(first + _QUERIES, q.shape[2])
+        seen = slice(0, past + last)
+        mask = reach.mask[first:last, seen]
+        part = scaled_dot_product_attention(
+            q[:, :, first:last], k[:, :, seen], v[:, :, seen], attn_mask=mask, scale=how.scale
+        )
+        out[first:last] = part.permute(2, 0, 1, 3)
+    return out
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: _How) -> Tensor:

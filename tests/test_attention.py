@@ -89,6 +89,7 @@ MIXES = {
     "decode": ([5, 11, 0], [1, 1, 1]),
     "first chunks": ([0, 0], [7, 4]),
     "later chunks": ([4, 9], [6, 3]),
+    "a chunk of many queries": ([7, 2], [600, 1]),
     "all at once": ([0, 17, 3, 8, 0], [5, 1, 6, 4, 1]),
 }
 OPTIONS = {
