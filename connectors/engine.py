@@ -52,12 +52,13 @@ class EngineConnector(PagedConnector):
         return self._hit(match)
 
     def _use_tail(self, state: _Request, match: Match, tokens: bytes) -> None:
-        """Let a suspended request go on in the middle of its last page, if all before that page is still there."""
+        """Let a suspended request go on in the middle of its last page, if that page is just what comes next."""
         if state.tail is None:
             return
-        place = state.tail.place.result() if state.tail.place.done() else None
+        place = _kept(state.tail.place)
         whole, part = divmod(state.tail.num_tokens, self.store.layout.block_tokens)
-        if place is not None and match.lease.num_blocks == whole and len(tokens) >= state.tail.num_tokens * TOKEN_BYTES:
+        comes_next = match.lease.num_blocks == whole and not match.remote
+        if place is not None and comes_next and len(tokens) >= state.tail.num_tokens * TOKEN_BYTES:
             match.head_tokens, match.head_place = part, place
         else:
             self._drop_tail(state)
@@ -156,10 +157,10 @@ class EngineConnector(PagedConnector):
             state.tail.place.add_done_callback(self._free_tail)
             state.tail = None
 
-    def _free_tail(self, place: "Future[int | None]") -> None:
-        kept = None if place.cancelled() or place.exception() else place.result()
-        if kept is not None:
-            self.store.free_host(kept)
+    def _free_tail(self, copied: "Future[int | None]") -> None:
+        place = _kept(copied)
+        if place is not None:
+            self.store.free_host(place)
 
     # -- pages ------------------------------------------------------------------------------------------------------
 
@@ -185,3 +186,9 @@ class EngineConnector(PagedConnector):
     def _counts(self) -> tuple[float, float, float]:
         metrics = self.store.metrics
         return metrics.blocks_loaded.value(), metrics.blocks_spilled.value(), metrics.misses.value()
+
+
+def _kept(copied: "Future[int | None]") -> int | None:
+    """The place a tail was copied to; None while it is under way, and when it failed."""
+    failed = not copied.done() or copied.cancelled() or copied.exception() is not None
+    return None if failed else copied.result()

@@ -88,7 +88,7 @@ class StoreMachine(RuleBasedStateMachine):
             Below(tier, "here", number, edge, Breaker(tier.name, metrics=self.metrics, clock=self.clock))
             for tier, number, edge in zip(self.faulty, (2, None), edges[1:], strict=True)
         ]
-        lanes = {name: LaneSpec(1, 12) for name in ("load", "save", "probe", "memory", "shared")}
+        lanes = {name: LaneSpec(1, 12) for name in ("load", "save", "probe", "suspend", "memory", "shared")}
         self.store = Store(
             root=Namespace("test", TINY).root(),
             layout=TINY,

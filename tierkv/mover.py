@@ -1,4 +1,4 @@
-"""Executes transfers: bounded lanes of worker threads, deadlines for loads, a back-off for tiers that fail.
+"""Executes transfers: bounded lanes of worker threads, a back-off for tiers that fail, a gate for late jobs.
 
 The only file that starts threads. A lane is a queue measured in blocks: when it is full a job is refused, and the caller drops
 a save (counted) or treats a load as a miss. Jobs are plain callables; what they may touch is settled before they are queued
@@ -74,9 +74,8 @@ class Mover:
         with self._lock:
             if self._closed or (lane.blocks and lane.blocks + blocks > lane.spec.max_blocks):
                 return None
+            future = lane.executor.submit(job)  # never waits; and under the lock, `close` cannot come between
             lane.blocks += blocks
-        future = lane.executor.submit(job)
-        with self._lock:
             lane.futures.add(cast("Future[object]", future))
         future.add_done_callback(lambda done: self._finished(lane, done, blocks))
         return future

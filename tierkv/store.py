@@ -1,4 +1,4 @@
-"""The façade: find a prefix, bring it to the device, keep what was computed. The only file that knows index and mover.
+"""The façade: find a prefix, bring it to the device, keep what was computed. It alone, with its jobs, knows index and mover.
 
     search -> take -> load -> settle -> (save …) -> release
 
@@ -8,6 +8,7 @@ One thread (an engine's scheduler) makes these calls; none of them blocks on I/O
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -25,6 +26,7 @@ log = logging.getLogger("tierkv")
 LOAD_LANE: Final = "load"
 SAVE_LANE: Final = "save"
 PROBE_LANE: Final = "probe"
+SUSPEND_LANE: Final = "suspend"
 SAVE_BLOCKS: Final = 8
 """Blocks saved at a time while a sequence decodes: few enough that a crash costs little, enough for whole-run writes."""
 MAX_LOAD_BLOCKS: Final = 1 << 20
@@ -131,7 +133,7 @@ class Store:
         best: tuple[Below, list[Key]] | None = None
         for below in self._shared:
             ask = partial(below.tier.contains, keys)
-            present = below.attempt(ask, count=len(keys), metrics=self.metrics) or [False]
+            present = below.attempt(ask, count=len(keys), failures=self.metrics.misses) or [False]
             run = present.index(False) if False in present else len(present)
             if run and (best is None or run > len(best[1])):
                 best = (below, keys[:run])
@@ -176,6 +178,7 @@ class Store:
             first=match.shared,
             pages=pages,
             below=self._numbered,
+            mark=self.places.device.mark(),
             deadline=self.places.clock() + self._load_deadline_s,
             piece=self._piece,
             head_tokens=match.head_tokens,
@@ -238,11 +241,15 @@ class Store:
 
     def _run_suspend(self, lease: Lease, tail: int | None, mark: object) -> int | None:
         with lease:
-            copy_to_host(self.places, lease, 0, lease.num_blocks, mark=mark)
+            self._to_host(lease, 0, lease.num_blocks, mark)
         reservation = None if tail is None else self.index.reserve(HOST, 1)
         if tail is None or reservation is None:
             return None
-        self.places.device.copy_out([tail], self.places.host, reservation.places, after=mark)
+        try:
+            self.places.device.copy_out([tail], self.places.host, reservation.places, after=mark)
+        except BaseException:
+            self.index.free(HOST, reservation.places)
+            raise
         return reservation.places[0]
 
     def free_host(self, place: int) -> None:
@@ -266,10 +273,14 @@ class Store:
 
     def _run_host(self, lease: Lease, lo: int, hi: int, mark: object) -> None:
         with lease:
-            copy_to_host(self.places, lease, lo, hi, mark=mark)
-            for below in self.below:
-                if below.copy_down == "save":
-                    self._queue_below(below, lease, lo, hi)
+            self._to_host(lease, lo, hi, mark)
+
+    def _to_host(self, lease: Lease, lo: int, hi: int, mark: object) -> None:
+        """Copy to the host, and queue what the tiers below it want as soon as it is there."""
+        copy_to_host(self.places, lease, lo, hi, mark=mark)
+        for below in self.below:
+            if below.copy_down == "save":
+                self._queue_below(below, lease, lo, hi)
 
     def _queue_below(self, below: Below, lease: Lease, lo: int, hi: int) -> None:
         """Write blocks [lo, hi), as far as the host holds them, to a tier below it."""
@@ -301,18 +312,19 @@ class Store:
             if spill.under_way or free > self._watermark * capacity:
                 continue
             leases = self.index.spill(spill.above, spill.below.number if spill.below else HOST, self._piece)
-            if leases:
-                spill.under_way = True
-                job = partial(self._run_spill, spill, leases, self.places.device.mark())
-                count = sum(lease.num_blocks - lease.lo for lease in leases)
-                if self.mover.submit(SAVE_LANE, job, blocks=count) is None:
-                    self._end_spill(spill, leases)
+            if not leases:
+                continue
+            spill.under_way = True
+            job = partial(self._run_spill, spill, leases, self.places.device.mark())
+            lane = spill.below.name if spill.below else SAVE_LANE
+            if self.mover.submit(lane, job, blocks=sum(lease.num_blocks - lease.lo for lease in leases)) is None:
+                self._end_spill(spill, leases)
 
     def _run_spill(self, spill: _Spill, leases: Sequence[Lease], mark: object) -> None:
         try:
             for lease in leases:
                 if spill.below is None:
-                    copy_to_host(self.places, lease, lease.lo, lease.num_blocks, mark=mark)
+                    self._to_host(lease, lease.lo, lease.num_blocks, mark)
                 else:
                     write_down(self.places, spill.below, lease, lease.lo, lease.num_blocks)
         finally:
@@ -371,17 +383,25 @@ class Store:
         return self.mover.drain(timeout_s)
 
     def close(self) -> None:
-        """Copy down what is queued, then let go of all tiers. Idempotent."""
+        """Copy down what is queued, then let go of all tiers; also when interrupted. Idempotent."""
         if self._closed:
             return
         self._closed = True
-        if not self.flush(CLOSE_TIMEOUT_S):
-            log.warning("closed with saves still queued after %.0f s: they are dropped", CLOSE_TIMEOUT_S)
-        self.mover.close()
-        for below in self.below:
-            below.tier.close()
-        self.places.device.close()
-        self.places.host.close()
+        with ExitStack() as last:  # each, whatever becomes of the others
+            last.callback(self.places.host.close)
+            last.callback(self.places.device.close)
+            for below in self.below:
+                last.callback(below.tier.close)
+            last.callback(self._refuse_loads)
+            last.callback(self.mover.close)
+            if not self.flush(CLOSE_TIMEOUT_S):
+                log.warning("closed with saves still queued after %.0f s: they are dropped", CLOSE_TIMEOUT_S)
+
+    def _refuse_loads(self) -> None:
+        """Answer loads that the mover will not begin any more."""
+        for load in self._expiring:
+            if not load.done.done():
+                load.refuse()
 
 
 def leading(lease: Lease) -> int:

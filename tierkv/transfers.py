@@ -17,7 +17,7 @@ from tierkv.cost import CostModel
 from tierkv.errors import TierError
 from tierkv.index import Index, Lease
 from tierkv.keys import Key
-from tierkv.metrics import Metrics
+from tierkv.metrics import Counter, Metrics
 from tierkv.mover import Breaker, Clock, Gate
 from tierkv.tiers.base import Miss, Run, Tier
 from tierkv.tiers.device import PagePool
@@ -25,6 +25,8 @@ from tierkv.tiers.host import HostSlab
 
 DEVICE: Final = 0
 HOST: Final = 1
+WRITE_DEADLINE_S: Final = 30.0
+"""For a batch of writes: nobody waits for it, but what it pins must come free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +48,16 @@ class Below:
         """The tier's name; also that of its lane in the mover."""
         return self.tier.name
 
-    def attempt(self, call: Callable[[], list[bool]], *, count: int, metrics: Metrics) -> list[bool] | None:
-        """Call the tier. None, counted as `count` misses: it broke, or is being left alone."""
+    def attempt(self, call: Callable[[], list[bool]], *, count: int, failures: Counter) -> list[bool] | None:
+        """Call the tier. None, with `count` blocks added to `failures`: it broke, or is being left alone."""
         if self.breaker.open:
-            metrics.misses.add(count, self.name, Miss.DOWN)
+            failures.add(count, self.name, Miss.DOWN)
             return None
         try:
             answer = call()
         except (TierError, OSError) as error:
             self.breaker.failure(error)
-            metrics.misses.add(count, self.name, Miss.FAILED)
+            failures.add(count, self.name, Miss.FAILED)
             return None
         self.breaker.success()
         return answer
@@ -107,6 +109,7 @@ class Load:
     pages: one per block from `first` on, then one for the lease's head if `head_tokens` is not 0.
     head_place: the host place that holds the head, if it is not the lease's.
     remote: keys of blocks that follow the lease's last one, to be had from `source`, and their tokens.
+    mark: the point of the device's work after which the pages may be written.
     piece: blocks moved at a time; at most the size of a bundle of spares.
 
     `done` resolves to (usable blocks, usable tokens of the head): when all have come, at the first failure, or in
@@ -118,6 +121,7 @@ class Load:
     first: int
     pages: Sequence[int]
     below: Mapping[int, Below]
+    mark: object
     deadline: float
     piece: int
     head_tokens: int = 0
@@ -177,8 +181,8 @@ class Load:
             return False
         device, host = self.places.device, self.places.host
         if tier == DEVICE:
-            return self._arrive(lo, hi, partial(device.copy_within, places), "device")
-        return self._arrive(lo, hi, partial(device.copy_in, host, places), "host")
+            return self._arrive(lo, hi, partial(device.copy_within, places, after=self.mark), "device")
+        return self._arrive(lo, hi, partial(device.copy_in, host, places, after=self.mark), "host")
 
     def _arrive(self, lo: int, hi: int, copy: Callable[[Sequence[int]], None], tier: str) -> bool:
         """Copy into the pages of blocks [lo, hi), unless the answer has been given."""
@@ -210,7 +214,7 @@ class Load:
             try:
                 came = self._read(below, lo, hi, self.places.views(targets))
                 good = came.index(False) if False in came else hi - lo
-                into = partial(self.places.device.copy_in, self.places.host, targets[:good])
+                into = partial(self.places.device.copy_in, self.places.host, targets[:good], after=self.mark)
                 arrived = good > 0 and self._arrive(lo, lo + good, into, below.name)
             finally:
                 if copy:
@@ -225,7 +229,7 @@ class Load:
             return [False] * (hi - lo)
         keys = self.lease.keys(lo, hi)
         call = partial(below.tier.read, keys, views, deadline_s=left_s)
-        came = below.attempt(call, count=hi - lo, metrics=self.places.metrics)
+        came = below.attempt(call, count=hi - lo, failures=self.places.metrics.misses)
         if came is None:
             return [False] * (hi - lo)
         lost = [lo + at for at, ok in enumerate(came) if not ok]
@@ -249,15 +253,22 @@ class Load:
             return False
         tier, place = source
         page, device, host = [self.pages[-1]], self.places.device, self.places.host
+        if place is not None and tier == DEVICE:
+            return self._gate.enter(partial(device.copy_within, [place], page, after=self.mark))
         if place is not None:
-            within = partial(device.copy_within, [place], page)
-            return self._gate.enter(within if tier == DEVICE else partial(device.copy_in, host, [place], page))
-        below = self.below[tier]
+            return self._gate.enter(partial(device.copy_in, host, [place], page, after=self.mark))
         with self.places.spare() as spare:
-            run, left_s = self.lease.head_run(), self.deadline - self.places.clock()
-            call = partial(below.tier.read, run.keys, self.places.views(spare[:1]), deadline_s=left_s)
-            came = below.attempt(call, count=1, metrics=self.places.metrics)
-            return came == [True] and self._gate.enter(partial(device.copy_in, host, spare[:1], page))
+            came = self._read_head(self.below[tier], self.places.views(spare[:1]))
+            return came and self._gate.enter(partial(device.copy_in, host, spare[:1], page, after=self.mark))
+
+    def _read_head(self, below: Below, views: Sequence[memoryview]) -> bool:
+        run, left_s = self.lease.head_run(), self.deadline - self.places.clock()
+        call = partial(below.tier.read, run.keys, views, deadline_s=left_s)
+        came = below.attempt(call, count=1, failures=self.places.metrics.misses)
+        if came == [False] and below.number is not None and self.places.clock() < self.deadline:
+            below.forget(run.keys)
+            self.places.index.drop(below.number, self.lease, [run.depth])
+        return came == [True]
 
 
 def copy_to_host(places: Places, lease: Lease, lo: int, hi: int, *, mark: object) -> None:
@@ -318,15 +329,15 @@ def _write_own(places: Places, below: Below, number: int, lease: Lease, lo: int,
 def _write_shared(places: Places, below: Below, lease: Lease, lo: int, views: Sequence[memoryview]) -> None:
     """What is there already, of this store or another, is not sent again."""
     ask = partial(below.tier.contains, lease.keys(lo, lo + len(views)))
-    present = below.attempt(ask, count=len(views), metrics=places.metrics)
+    present = below.attempt(ask, count=len(views), failures=places.metrics.saves_dropped)
     if present is not None:
         for first, last in _stretches([lo + at for at, there in enumerate(present) if not there]):
             _write(places, below, lease.run(first, last), views[first - lo : last - lo])
 
 
 def _write(places: Places, below: Below, run: Run, views: Sequence[memoryview]) -> list[bool]:
-    call = partial(below.tier.write, run, views)
-    written = below.attempt(call, count=len(views), metrics=places.metrics) or [False] * len(views)
+    call = partial(below.tier.write, run, views, deadline_s=WRITE_DEADLINE_S)
+    written = below.attempt(call, count=len(views), failures=places.metrics.saves_dropped) or [False] * len(views)
     places.metrics.blocks_spilled.add(sum(written), "host", below.name)
     return written
 

@@ -2,8 +2,8 @@
 
 The only file that knows a device. A page is one contiguous block of all layers, so a page moves as one copy. On CUDA
 the copies run on two streams of their own, in and out; on the CPU they are plain memory copies on the mover's thread. Both
-ways have the same two rules: `copy_out` waits for the work that was queued when its `mark` was taken, and both calls return
-when the bytes have arrived.
+ways have the same two rules: a copy waits for the device's work that was queued when its `mark` was taken (its source is
+written by then, its target not in use any more), and it returns when the bytes have arrived.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,16 +52,15 @@ class PagePool(Slab):
 
     def copy_out(self, pages: Sequence[int], host: Staging, places: Sequence[int], *, after: object) -> None:
         """Copy pages to places of the host, once what was queued at `after` (a `mark`) is done."""
-        del after
         for page, place in zip(pages, places, strict=True):
             np.copyto(host.rows[place, : self.block_bytes], self._rows[page])
 
-    def copy_in(self, host: Staging, places: Sequence[int], pages: Sequence[int]) -> None:
+    def copy_in(self, host: Staging, places: Sequence[int], pages: Sequence[int], *, after: object) -> None:
         """Copy places of the host to pages."""
         for place, page in zip(places, pages, strict=True):
             np.copyto(self._rows[page], host.rows[place, : self.block_bytes])
 
-    def copy_within(self, sources: Sequence[int], pages: Sequence[int]) -> None:
+    def copy_within(self, sources: Sequence[int], pages: Sequence[int], *, after: object) -> None:
         """Copy pages to other pages."""
         for source, page in zip(sources, pages, strict=True):
             np.copyto(self._rows[page], self._rows[source])
@@ -108,8 +107,9 @@ class CudaPagePool(PagePool):
         self._out.wait_event(after)
         self._copy(self._out, pages, host, places, out=True)
 
-    def copy_in(self, host: Staging, places: Sequence[int], pages: Sequence[int]) -> None:
+    def copy_in(self, host: Staging, places: Sequence[int], pages: Sequence[int], *, after: object) -> None:
         """Copy places of the host to pages."""
+        self._in.wait_event(after)
         self._copy(self._in, pages, host, places, out=False)
 
     def _copy(self, stream: Any, pages: Sequence[int], host: Staging, places: Sequence[int], *, out: bool) -> None:
@@ -128,9 +128,10 @@ class CudaPagePool(PagePool):
                     runtime.memcpyAsync(on_device, on_host, size, runtime.memcpyHostToDevice, stream.ptr)
             stream.synchronize()
 
-    def copy_within(self, sources: Sequence[int], pages: Sequence[int]) -> None:
+    def copy_within(self, sources: Sequence[int], pages: Sequence[int], *, after: object) -> None:
         """Copy pages to other pages, on the stream of loads."""
         runtime, pool = self._cupy.cuda.runtime, self.pool.data_ptr()
+        self._in.wait_event(after)
         with self._cupy.cuda.Device(self._ordinal):
             for source, page in zip(sources, pages, strict=True):
                 target, origin = pool + page * self.block_bytes, pool + source * self.block_bytes
