@@ -4,13 +4,10 @@ Jobs run when the machine says so and in the order it says, tiers fail at its wh
 replaced by a function of the tokens, so that a single block in a wrong place is seen.
 """
 
-from queue import SimpleQueue
 from typing import Any
 
 import hypothesis.strategies as st
-import numpy as np
 import pytest
-import torch
 from hypothesis import Phase, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -21,30 +18,19 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.store_parts import DEADLINE_S, STEP, Parts, content
 from tierkv import policies, transfers
 from tierkv import store as store_module
-from tierkv.cost import CostModel
-from tierkv.index import Index, Lease, TierSpec
-from tierkv.keys import Namespace, token_bytes
-from tierkv.layout import Layout
-from tierkv.metrics import Metrics
-from tierkv.mover import Breaker, Gate, LaneSpec, Mover
+from tierkv.index import Lease
+from tierkv.keys import token_bytes
+from tierkv.mover import Gate
 from tierkv.store import Match, Search, Store
-from tierkv.testing import FakeClock, FaultyTier, MemoryTier, SharedMemoryTier, StepExecutor
 from tierkv.tiers.device import PagePool
 from tierkv.tiers.host import HostSlab
 from tierkv.transfers import DEVICE, HOST, Below, Load, Places
 
-TINY = Layout(num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32", block_tokens=2)
-STEP = TINY.block_tokens * 4
-DEADLINE_S = 10.0
 TAILS = st.lists(st.integers(0, 1), min_size=2, max_size=12)
 PIECE = 2
-
-
-def content(tokens: bytes, block: int) -> np.ndarray[Any, Any]:
-    seed = list(tokens[: (block + 1) * STEP])
-    return np.frombuffer(np.random.default_rng(seed).bytes(TINY.block_bytes), np.uint8)
 
 
 class Request:
@@ -69,37 +55,9 @@ class StoreMachine(RuleBasedStateMachine):
         policy=st.sampled_from(policies.NAMES),
     )
     def begin(self, pages: int, host: int, slots: int, edges: tuple[str, str, str], policy: str) -> None:
-        self.clock, self.metrics, self.steps = FakeClock(), Metrics(), StepExecutor()
-        cost = CostModel(block_tokens=TINY.block_tokens, block_bytes=TINY.block_bytes)
-        sizes = {"device": pages, "host": host, "memory": slots}
-        specs = [
-            TierSpec(name, size, number <= HOST, policies.make(policy, tier=number, cost=cost, next_tier=None))
-            for number, (name, size) in enumerate(sizes.items())
-        ]
-        index = Index(block_tokens=TINY.block_tokens, tiers=specs)
-        pool = PagePool(layout=TINY, num_pages=pages, device=torch.device("cpu"))
-        slab = HostSlab(num_places=host + PIECE, block_bytes=TINY.block_bytes)
-        spares: SimpleQueue[list[int]] = SimpleQueue()
-        spares.put(list(range(host, host + PIECE)))
-        self.own = MemoryTier(metrics=self.metrics, capacity_blocks=slots)
-        self.shared = SharedMemoryTier(metrics=self.metrics)
-        self.faulty = [FaultyTier(self.own), FaultyTier(self.shared)]
-        below = [
-            Below(tier, "here", number, edge, Breaker(tier.name, metrics=self.metrics, clock=self.clock))
-            for tier, number, edge in zip(self.faulty, (2, None), edges[1:], strict=True)
-        ]
-        lanes = {name: LaneSpec(1, 12) for name in ("load", "save", "probe", "suspend", "memory", "shared")}
-        self.store = Store(
-            root=Namespace("test", TINY).root(),
-            layout=TINY,
-            places=Places(index, pool, slab, spares, self.metrics, cost, self.clock),
-            below=below,
-            mover=Mover(lanes, metrics=self.metrics, executor=lambda name, spec: self.steps),
-            host_copy_down=edges[0],
-            load_deadline_s=DEADLINE_S,
-            spill_watermark=0.3,
-            piece=PIECE,
-        )
+        self.parts = Parts(pages=pages, host=host, slots=slots, edges=edges, policy=policy)
+        self.store, self.steps, self.clock = self.parts.store, self.parts.steps, self.parts.clock
+        self.own, self.shared, self.faulty = self.parts.own, self.parts.shared, self.parts.faulty
         self.prompts: list[bytes] = []
         self.requests: list[Request] = []
 
@@ -168,7 +126,7 @@ class StoreMachine(RuleBasedStateMachine):
         if request.done < request.num_blocks:
             page = request.pages[request.done]
             assert page in request.own, "a page of others would be overwritten"
-            self.page(page)[:] = content(request.tokens, request.done)
+            self.parts.page(page)[:] = content(request.tokens, request.done)
             request.done += 1
         taken = self.store.save(match, request.tokens[: request.done * STEP], request.pages[: request.done])
         for page, ok in zip(reversed(request.pages[: request.done]), reversed(taken), strict=False):
@@ -177,10 +135,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     def look(self, request: Request, blocks: int, head: int) -> None:
         for block in range(blocks):
-            assert (self.page(request.pages[block]) == content(request.tokens, block)).all(), "a load brought other KV"
-
-    def page(self, number: int) -> np.ndarray[Any, Any]:
-        return np.frombuffer(self.store.places.device.view(number), np.uint8)
+            assert (self.parts.page(request.pages[block]) == content(request.tokens, block)).all(), (
+                "a load brought other KV"
+            )
 
     @precondition(lambda self: self.requests)
     @rule(number=st.integers(0, 99))
@@ -249,13 +206,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.index.check()
         for tokens in self.prompts:
             with self.store.index.acquire(self.store.root, tokens) as lease:
-                for tier, view in ((DEVICE, self.page), (HOST, self.row)):
+                for tier, view in ((DEVICE, self.parts.page), (HOST, self.parts.row)):
                     for lo, hi in lease.held(tier, 0, lease.num_blocks):
                         for block, place in zip(range(lo, hi), lease.places(tier, lo, hi), strict=True):
                             assert (view(place) == content(tokens, block)).all(), "a tier lies"
-
-    def row(self, place: int) -> np.ndarray[Any, Any]:
-        return np.frombuffer(self.store.places.host.view(place), np.uint8)
 
     def teardown(self) -> None:
         if not hasattr(self, "store"):

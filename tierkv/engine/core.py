@@ -52,14 +52,19 @@ class Core:
     def start(self, request: Request, sequence: Sequence) -> None:
         """Queue the first sequence of a request."""
         request.sequences.append(sequence)
-        sequence.arrival = next(self._arrivals)
+        self._number(sequence)
         self.scheduler.add(sequence)
 
     def branch(self, parent: Sequence, child: Sequence) -> None:
         """Queue or run a sequence that begins as a copy of `parent`."""
         child.request.sequences.append(child)
-        child.arrival = next(self._arrivals)
+        self._number(child)
         self.scheduler.fork(parent, child)
+
+    def _number(self, sequence: Sequence) -> None:
+        """Give a sequence its rank, and a name to connectors that no other has, though requests may reuse theirs."""
+        sequence.arrival = next(self._arrivals)
+        sequence.id = f"{sequence.request.id}/{sequence.arrival}"
 
     def abort(self, sequence: Sequence) -> None:
         """Take a sequence out; its pages go back when nothing moves them any more."""
@@ -85,7 +90,12 @@ class Core:
             self._connector.computed(
                 num_tokens=work[0].num_tokens, context_tokens=work[0].sequence.num_computed, seconds=model_s
             )
-        sequences = self._take(work, logits)
+        try:
+            sequences = self._take(work, logits)
+        except BaseException:
+            for item in work:  # whoever got no token computes its last one again, or nobody would plan it any more
+                item.sequence.num_computed = min(item.sequence.num_computed, len(item.sequence.tokens) - 1)
+            raise
         self.stats.steps += 1
         self.stats.tokens += sum(item.num_tokens for item in work)
         self.stats.model_s += model_s
@@ -148,7 +158,6 @@ class Core:
         for index in range(len(request.sequences), request.params.n):
             child = replace(
                 sequence,
-                id=f"{request.id}#{index}",
                 index=index,
                 tokens=sequence.tokens[:],
                 text=sequence.text.copy(),

@@ -171,7 +171,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Some request is unfinished, or has output nobody took."""
-        return bool(self._requests or self._outputs)
+        return bool(self._requests) or any(request not in self._claimed for request in self._outputs)
 
     def generate(
         self, prompts: Prompt | List[Prompt], params: SamplingParams | List[SamplingParams] | None = None
@@ -200,11 +200,14 @@ class Engine:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Yield output as it comes, the last piece with `stats`. Leaving the loop early aborts the request."""
-        request = self.add(prompt, params)
-        self._claimed.add(request)
-        return self._stream(request)
+        params = params or SamplingParams()
+        tokens = self._tokens(prompt)
+        self._check(tokens, params)  # now, not at the first piece
+        return self._stream(tokens, params)
 
-    def _stream(self, request: str) -> Iterator[RequestOutput]:
+    def _stream(self, tokens: "array[int]", params: SamplingParams) -> Iterator[RequestOutput]:
+        request = self.add(tokens, params)  # only now: a stream that nobody reads must leave nothing behind
+        self._claimed.add(request)
         try:
             finished = False
             while not finished:
@@ -266,7 +269,7 @@ class Engine:
     def _name(self, given: str | None, stem: str) -> str:
         if self._is_closed:
             raise RequestError("the engine is closed: make another")
-        if given in self._requests:
+        if given in self._requests or given in self._outputs:
             raise RequestError(f"request id {given!r} is in use: give another, or none")
         return given or next(name for number in self._numbers if (name := f"{stem}-{number}") not in self._requests)
 

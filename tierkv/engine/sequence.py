@@ -69,7 +69,7 @@ class Request:
 class Sequence:
     """One sample of a request.
 
-    id: what connectors know it by.  arrival: its rank; the youngest is pre-empted first.  tokens: prompt and output.
+    id: what connectors know it by; unique.  arrival: its rank; the youngest is pre-empted first.  tokens: prompt and output.
     num_computed: tokens whose KV is in `pages`; the last token has none while it is decoding.  num_offered: full blocks
     the store has seen.  hit, load: of the match under way.
     """
