@@ -1,7 +1,8 @@
 """A Llama model straight from a GGUF file: weights and byte-level tokenizer, with nothing converted twice.
 
 transformers takes 13 s for SmolLM2's 98 MB, this takes 2-3 s (2-core Intel Xeon VM, 1 thread, 2026-11-22). Only what is
-certain to come out the same is done here; for any other architecture, tokenizer or option `read` returns None, and transformers' own loader does it.
+certain to come out the same is done here; for any other architecture, tokenizer or option `read` returns None, and
+transformers' own loader does it.
 """
 
 import re
