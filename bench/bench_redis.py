@@ -86,7 +86,7 @@ class Bench:
         self.blocks = [memoryview(row) for row in self.area]
         self.outs = [memoryview(row) for row in np.zeros_like(self.area) + np.uint8(1)]
         self.bare = Bare(server, link, [b"bare:" + key for key in self.run.keys], self.blocks)
-        self.library = [b"library:" + key for key in self.run.keys]
+        self.theirs = [b"library:" + key for key in self.run.keys]
 
     def put(self) -> None:
         assert all(self.tier.write(self.run, self.blocks))
@@ -97,15 +97,15 @@ class Bench:
     def forget(self) -> None:
         self.admin.unlink(*[prefix + key for prefix in (b"tierkv:", b"bare:") for key in self.run.keys])
 
-    def library_put(self) -> None:
+    def theirs_put(self) -> None:
         with self.client.pipeline(transaction=False) as pipe:
-            for name, block in zip(self.library, self.blocks, strict=True):
+            for name, block in zip(self.theirs, self.blocks, strict=True):
                 pipe.set(name, block)
             pipe.execute()
 
-    def library_get(self) -> None:
+    def theirs_get(self) -> None:
         with self.client.pipeline(transaction=False) as pipe:
-            for name in self.library:
+            for name in self.theirs:
                 pipe.get(name)
             for value, out in zip(pipe.execute(), self.outs, strict=True):
                 out[:] = value
@@ -164,8 +164,8 @@ def test_put(versus: Any, case: tuple[Bench, str, float]) -> None:
 def test_library(versus: Any, server: EmbeddedValkey, size: str, way: str) -> None:
     """What redis-py's own pipelines reach, without header or checksum."""
     bench = Bench(server, "unix", LAYOUTS[size], 8)
-    bench.library_put(), bench.bare.set()
-    call, limit = {"get": (bench.library_get, bench.bare.get), "put": (bench.library_put, bench.bare.set)}[way]
+    bench.theirs_put(), bench.bare.set()
+    call, limit = {"get": (bench.theirs_get, bench.bare.get), "put": (bench.theirs_put, bench.bare.set)}[way]
     amount = 8 * 8 * LAYOUTS[size].block_bytes / 1e9
     name = f"redis-py {way} 8 x {size}, unix"
     versus(name, repeat(call, 8), "bare socket", repeat(limit, 8), unit="GB/s", amount=amount, rounds=15)
