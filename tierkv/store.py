@@ -114,12 +114,11 @@ class Store:
     def search(self, tokens: bytes) -> Search:
         """Start to look for the longest known prefix of `tokens` (int32-LE)."""
         search = Search(tokens)
-        if self._shared:
-            lease = self.index.acquire(self.root, tokens)
+        whole = len(tokens) // self._block_bytes
+        if self._shared and self.index.match(self.root, tokens).num_blocks < whole:
+            lease = self.index.acquire(self.root, tokens)  # for the keys of what is known: the probe goes on from there
             search.base = lease.num_blocks
-            unknown = len(tokens) // self._block_bytes - search.base
-            if unknown:
-                search.probe = self.mover.submit(PROBE_LANE, partial(self._ask, lease, tokens), blocks=1)
+            search.probe = self.mover.submit(PROBE_LANE, partial(self._ask, lease, tokens), blocks=1)
             if search.probe is None:
                 lease.release()
         return search
