@@ -1,0 +1,52 @@
+"""The sequences of one step, packed along one token axis: what a kernel is told about them. Nothing of engines or stores.
+
+First prefill, chunked prefill and decode may be mixed in a step:
+
+    cu_seqlens  0        5   6   7            12        tokens of this step, per sequence
+                |aaaaa   |b  |c  |ddddd        |
+    lengths     a: 5     b: 40  c: 1001  d: 69          tokens in pages, those of this step included
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+Tensor = torch.Tensor
+T = TypeVar("T")
+
+Span = tuple[int, int, int]
+"""First token of a sequence in the step, the token past its last, and its length."""
+
+
+@dataclass(slots=True)
+class PagedBatch:
+    """Built once per step, shared by all layers.
+
+    slots: [tokens] int64, page * block_tokens + offset, where each token's KV goes.  tables: [num_seqs, max_pages] int32.
+    lengths: [num_seqs] int32.  cu_seqlens: [num_seqs + 1] int32.  All on the pool's device.
+    spans: one per sequence, on the host: give them where they are known, reading them back waits for the device.
+    scratch: reused between steps, grown on demand: a fresh gather target costs its page faults every time.
+    """
+
+    slots: Tensor
+    tables: Tensor
+    lengths: Tensor
+    cu_seqlens: Tensor
+    spans: list[Span] = field(default_factory=list)
+    scratch: list[Tensor] = field(default_factory=list)
+    _derived: dict[Hashable, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.spans:
+            bounds = self.cu_seqlens.tolist()
+            self.spans = list(zip(bounds[:-1], bounds[1:], self.lengths.tolist(), strict=True))
+
+    def once(self, key: Hashable, derive: Callable[[], T]) -> T:
+        """What a kernel derives from the batch: by the first layer that asks, for all that follow."""
+        try:
+            derived: T = self._derived[key]
+        except KeyError:
+            derived = self._derived[key] = derive()
+        return derived
