@@ -1,19 +1,16 @@
-"""Attention of a step's tokens over KV that lies in pages. Torch reference here; knows nothing of engines or stores.
+"""Attention of a step's tokens over KV that lies in pages: the torch reference, and the way to the Triton kernel.
 
-A layer's pages are a strided view `[num_pages, 2, num_kv_heads, block_tokens, head_dim]` of the page pool, whose every
-`[block_tokens, head_dim]` tile is contiguous (`pool[:, layer]` of DESIGN §4). Sequences of a step are packed along one
-token axis and may mix first prefill, chunked prefill and decode:
-
-    cu_seqlens  0        5   6   7            12        tokens of this step, per sequence
-                |aaaaa   |b  |c  |ddddd        |
-    lengths     a: 5     b: 40  c: 1001  d: 69          tokens in pages, those of this step included
+A layer's pages are a strided view `[num_pages, parts, num_kv_heads, block_tokens, head_dim]` of the page pool, whose every
+`[block_tokens, head_dim]` tile is contiguous (`pool[:, layer]` of DESIGN §4). parts: 2 (K, then V) or 1 (latents of MLA).
+Pages of fp8 (e4m3) or int8 hold codes; an element is its code times a scale.
 """
 
-from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from .batch import PagedBatch
 
 Tensor = torch.Tensor
 
@@ -21,7 +18,125 @@ Tensor = torch.Tensor
 _QUERIES: Final = 256
 
 
-class Reach(NamedTuple):
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pages: Tensor,
+    batch: PagedBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """Attend causally, every sequence to its own pages. `write_kv` of this layer comes first.
+
+    query: [num_heads, tokens, head_dim]; heads of a KV group are neighbours.  key, value: of this step, as for
+    `write_kv`, so that a first chunk gathers nothing.  window: keys a query sees, itself included.  softcap: scores are
+    squashed to ±softcap.  sinks: [num_heads], a logit each head may attend to instead of a key.  scales: as for `write_kv`.
+    Returns [tokens, num_heads, head_dim], contiguous.  Raises ValueError on shapes that do not fit.
+    What a query sees of quantised pages is what lies in them, its own key too: reused or computed, the result is the same.
+    """
+    how = Scoring(scale, window, softcap, sinks, scales)
+    batch.once(("checked", query.shape, pages.shape, how.window), lambda: _check(query, pages, how, parts=2))
+    if query.is_cuda:
+        from .gpu import attention as gpu
+
+        with torch.cuda.device(query.device):
+            return gpu.paged_attention(
+                query, key, value, pages, batch, scale=scale, window=window, softcap=softcap, sinks=sinks, scales=scales
+            )
+    if pages.dtype != query.dtype or scales is not None:
+        return _attend_to_codes(query, pages, batch, how, value_dim=query.shape[2])
+    num_heads, num_tokens, dim = query.shape
+    kv_heads = key.shape[0]
+    query = query.view(kv_heads, num_heads // kv_heads, num_tokens, dim)
+    reaches = batch.once(("reaches", window), lambda: list(_plan(query, pages, batch, window)))
+    if len(batch.spans) == 1:
+        return _attend(query, key, value, pages, reaches[0], how).reshape(num_tokens, num_heads, dim)
+    out = query.new_empty(num_tokens, kv_heads, num_heads // kv_heads, dim)
+    for (first, last, _), reach in zip(batch.spans, reaches, strict=True):
+        own = query[:, :, first:last]
+        out[first:last] = _attend(own, key[:, first:last], value[:, first:last], pages, reach, how)
+    return out.view(num_tokens, num_heads, dim)
+
+
+def latent_attention(
+    query: Tensor,
+    pages: Tensor,
+    batch: PagedBatch,
+    *,
+    value_dim: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """Attend causally to latents: multi-head latent attention in its absorbed form (DeepSeek-V2, 2024, section 2.1).
+
+    query: [num_heads, tokens, head_dim], already multiplied with the up-projection of K.  pages: parts = 1, one KV head; the
+    first value_dim elements of a latent are key and value at once, the rest (its position) is key alone.  Others as above.
+    Returns [tokens, num_heads, value_dim], to be multiplied with the up-projection of V.
+    Raises ValueError on shapes that do not fit.
+    """
+    how = Scoring(scale, window, softcap, sinks, scales)
+    batch.once(("checked", query.shape, pages.shape, how.window), lambda: _check(query, pages, how, parts=1))
+    if not 0 < value_dim < query.shape[2]:
+        raise ValueError(
+            f"value_dim={value_dim}: must be at least 1 and less than the latents' {query.shape[2]} elements"
+        )
+    if query.is_cuda:
+        from .gpu import attention as gpu
+
+        with torch.cuda.device(query.device):
+            return gpu.latent_attention(
+                query, pages, batch,
+                value_dim=value_dim, scale=scale, window=window, softcap=softcap, sinks=sinks, scales=scales,
+            )  # fmt: skip
+    return _attend_to_codes(query, pages, batch, how, value_dim=value_dim)
+
+
+class Scoring(NamedTuple):
+    """How a key is scored, as `paged_attention` says it."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    scales: Tensor | None
+
+
+def _check(query: Tensor, pages: Tensor, how: Scoring, *, parts: int) -> None:
+    """Once per batch, shape and window; a mistake here would read memory that is not KV."""
+    _, has_parts, kv_heads, _, head_dim = pages.shape
+    if has_parts != parts or (parts == 1 and kv_heads != 1):
+        raise ValueError(f"pages {list(pages.shape)}: expected parts={parts}" + ", one KV head" * (parts == 1))
+    if query.shape[2] != head_dim or query.shape[0] % kv_heads:
+        raise ValueError(
+            f"query {list(query.shape)}: expected [a multiple of {kv_heads} heads, tokens, {head_dim}] for these pages"
+        )
+    if pages.stride()[3:] != (head_dim, 1) or query.stride(2) != 1:
+        raise ValueError(
+            "pages need contiguous [block_tokens, head_dim] tiles, and queries contiguous rows: copy them first"
+        )
+    if pages.dtype == torch.int8 and how.scales is None:
+        raise ValueError("pages of int8 need scales: one per page, part, KV head and token")
+    if how.scales is not None and how.scales.shape != pages.shape[:-1]:
+        raise ValueError(
+            f"scales {list(how.scales.shape)}: expected {list(pages.shape[:-1])}, expanded where they repeat"
+        )
+    if how.sinks is not None and how.sinks.shape != query.shape[:1]:
+        raise ValueError(f"sinks {list(how.sinks.shape)}: expected one per head, [{query.shape[0]}]")
+    if how.window is not None and how.window < 1:
+        raise ValueError(f"window={how.window}: a query sees at least itself; None for all keys")
+    if how.softcap is not None and not how.softcap > 0:
+        raise ValueError(f"softcap={how.softcap}: must be above 0; None for none")
+
+
+class _Reach(NamedTuple):
     """What one sequence looks at in layers of one kind.
 
     rows: [2 * num_kv_heads * pages] rows of `[block_tokens, head_dim]` tiles to gather into `tiles`, of which `key` and
@@ -36,85 +151,7 @@ class Reach(NamedTuple):
     mask: Tensor | None
 
 
-@dataclass(slots=True)
-class PagedBatch:
-    """The sequences of one step: built once, shared by all layers.
-
-    slots: [tokens] int64, page * block_tokens + offset, where each token's KV goes.  tables: [num_seqs, max_pages] int32.
-    lengths: [num_seqs] int32.  cu_seqlens: [num_seqs + 1] int32.  All on the pool's device.
-    scratch: reused between steps, grown on demand: a fresh gather target costs its page faults every time.
-    """
-
-    slots: Tensor
-    tables: Tensor
-    lengths: Tensor
-    cu_seqlens: Tensor
-    scratch: list[Tensor] = field(default_factory=list)
-    _reaches: dict[int | None, list[Reach]] = field(default_factory=dict)
-    _spans: list[tuple[int, int, int]] = field(default_factory=list)
-    _write_rows: list[Tensor] = field(default_factory=list)
-
-    def spans(self) -> list[tuple[int, int, int]]:
-        """First token, token past the last, and length of every sequence, on the host."""
-        if not self._spans:
-            bounds = self.cu_seqlens.tolist()
-            self._spans = list(zip(bounds[:-1], bounds[1:], self.lengths.tolist(), strict=True))
-        return self._spans
-
-
-def write_kv(key: Tensor, value: Tensor, pages: Tensor, batch: PagedBatch) -> None:
-    """Put K and V of the step's tokens into their slots.
-
-    key, value: [num_kv_heads, tokens, head_dim], any strides.  pages: one layer, as in the module's docstring.
-    """
-    heads, _, dim = key.shape
-    if not batch._write_rows:
-        batch._write_rows.extend(_write_rows(pages, batch))
-    rows = _flat(pages, dim)
-    for part, states in enumerate((key, value)):
-        rows.index_copy_(0, batch._write_rows[part], states.reshape(heads * states.shape[1], dim))
-
-
-def paged_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pages: Tensor,
-    batch: PagedBatch,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attend causally, every sequence to its own pages. `write_kv` of this layer comes first.
-
-    query: [num_heads, tokens, head_dim]; heads of a KV group are neighbours.  key, value: of this step, as for
-    `write_kv`, so that a first chunk gathers nothing.  window: keys a query sees, itself included.  softcap: scores are
-    squashed to ±softcap.  sinks: [num_heads], a logit each head may attend to instead of a key.
-    Returns [tokens, num_heads, head_dim], contiguous.
-    """
-    num_heads, num_tokens, dim = query.shape
-    kv_heads = key.shape[0]
-    query = query.view(kv_heads, num_heads // kv_heads, num_tokens, dim)
-    reaches, spans = _reaches(query, pages, batch, window), batch.spans()
-    how = _How(scale, softcap, sinks)
-    if len(spans) == 1:
-        return _attend(query, key, value, pages, reaches[0], how).reshape(num_tokens, num_heads, dim)
-    out = query.new_empty(num_tokens, kv_heads, num_heads // kv_heads, dim)
-    for (first, last, _), reach in zip(spans, reaches, strict=True):
-        own = query[:, :, first:last]
-        out[first:last] = _attend(own, key[:, first:last], value[:, first:last], pages, reach, how)
-    return out.view(num_tokens, num_heads, dim)
-
-
-class _How(NamedTuple):
-    scale: float
-    softcap: float | None
-    sinks: Tensor | None
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, pages: Tensor, reach: Reach, how: _How) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, pages: Tensor, reach: _Reach, how: Scoring) -> Tensor:
     """One sequence: q [kv_heads, group, queries, head_dim], k and v of this step; returns [queries, kv_heads, group, head_dim].
 
     Few operations on purpose: each costs 4-6 us while weights stream through the caches, in 30 layers (2-core Intel Xeon
@@ -147,7 +184,29 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, pages: Tensor, reach: Reach, how: _
     return out
 
 
-def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: _How) -> Tensor:
+def _attend_to_codes(query: Tensor, pages: Tensor, batch: PagedBatch, how: Scoring, *, value_dim: int) -> Tensor:
+    """Attention over whatever the pages hold, decoded sequence by sequence: plain, and never the engine's path on a CPU."""
+    num_heads, num_tokens, dim = query.shape
+    _, parts, kv_heads, block_tokens, _ = pages.shape
+    out = query.new_empty(num_tokens, num_heads, value_dim)
+    for number, (first, last, length) in enumerate(batch.spans):
+        num_queries, past = last - first, length - (last - first)
+        start = max(0, past + 1 - how.window) if how.window is not None else 0
+        low = start // block_tokens
+        table = batch.tables[number, low : -(-length // block_tokens)].long()
+        states = pages[table].to(query.dtype)
+        if how.scales is not None:
+            states = (states.float() * how.scales[table].unsqueeze(-1)).to(query.dtype)
+        states = states.permute(1, 2, 0, 3, 4).reshape(parts, kv_heads, 1, -1, dim)
+        states = states[..., start - low * block_tokens : length - low * block_tokens, :]
+        key, value = states[0], states[parts - 1][..., :value_dim]
+        own = query[:, first:last].view(kv_heads, num_heads // kv_heads, num_queries, dim)
+        mask = _mask(own, first=past, start=start, stop=length, window=how.window)
+        out[first:last] = _explicit(own, key, value, mask, how).permute(2, 0, 1, 3).reshape(num_queries, num_heads, -1)
+    return out
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: Scoring) -> Tensor:
     scores = q @ k.transpose(-1, -2) * how.scale
     if how.softcap is not None:
         scores = torch.tanh(scores / how.softcap) * how.softcap
@@ -169,40 +228,25 @@ def _flat(pages: Tensor, width: int) -> Tensor:
     return pages.as_strided((rows, width), (width, 1))
 
 
-def _write_rows(pages: Tensor, batch: PagedBatch) -> list[Tensor]:
-    _, parts, heads, block_tokens, dim = pages.shape
-    page, offset = batch.slots // block_tokens, batch.slots % block_tokens
-    starts = page * (pages.stride(0) // dim) + offset
-    tiles = torch.arange(parts * heads, device=pages.device).view(parts, heads, 1) * block_tokens
-    return [rows.reshape(-1) for rows in tiles + starts]
-
-
-def _reaches(query: Tensor, pages: Tensor, batch: PagedBatch, window: int | None) -> list[Reach]:
-    """What each sequence attends to in layers of this window; made at the first such layer of a step."""
-    if window not in batch._reaches:
-        batch._reaches[window] = list(_plan(query, pages, batch, window))
-    return batch._reaches[window]
-
-
-def _plan(query: Tensor, pages: Tensor, batch: PagedBatch, window: int | None) -> list[Reach]:
+def _plan(query: Tensor, pages: Tensor, batch: PagedBatch, window: int | None) -> list[_Reach]:
     _, parts, heads, block_tokens, dim = pages.shape
     order = torch.arange(parts * heads, device=pages.device).view(parts * heads, 1)
     starts = batch.tables.long() * (pages.stride(0) // (block_tokens * dim))
     plan = []
-    for number, (first, last, length) in enumerate(batch.spans()):
+    for number, (first, last, length) in enumerate(batch.spans):
         num_queries = last - first
         past = length - num_queries
         start = max(0, past + 1 - window) if window is not None else 0
         masked = num_queries > 1 and (past > 0 or (window is not None and length > window))
         mask = _mask(query, first=past, start=start, stop=length, window=window) if masked else None
         if past == 0:
-            plan.append(Reach(None, None, None, None, mask))
+            plan.append(_Reach(None, None, None, None, mask))
             continue
         low = start // block_tokens
         rows = (starts[number, low : -(-length // block_tokens)] + order).view(-1)
         tiles = _scratch(pages, batch, rows.numel() * block_tokens * dim).view(-1, block_tokens * dim)
         both = tiles.view(parts, heads, 1, -1, dim)[..., start - low * block_tokens : length - low * block_tokens, :]
-        plan.append(Reach(rows, tiles, both[0], both[1], mask))
+        plan.append(_Reach(rows, tiles, both[0], both[1], mask))
     return plan
 
 

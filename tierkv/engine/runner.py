@@ -12,7 +12,9 @@ import torch
 
 from tierkv.engine.scheduler import Work
 from tierkv.errors import ModelError
-from tierkv.kernels.attention import PagedBatch, paged_attention, write_kv
+from tierkv.kernels.attention import paged_attention
+from tierkv.kernels.batch import PagedBatch
+from tierkv.kernels.pages import write_kv
 
 ATTENTION: Final = "tierkv_paged"
 
@@ -93,6 +95,7 @@ class Runner:
             self._send(tables),
             self._send(lengths.astype(np.int32)),
             self._send(bounds),
+            spans=list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), lengths.tolist(), strict=True)),
             scratch=self._scratch,
         )
         return self._send(tokens)[None], self._send(positions)[None], batch, self._send(bounds[1:].astype(np.int64) - 1)
