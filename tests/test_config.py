@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from tierkv.config import OPTIONS, Config, EngineConfig, HostConfig, Loaded, RedisConfig, StoreConfig, load
+from tierkv.config import (
+    OPTIONS,
+    Config,
+    DeviceConfig,
+    EngineConfig,
+    HostConfig,
+    Loaded,
+    RedisConfig,
+    StoreConfig,
+    load,
+)
 from tierkv.errors import ConfigError
 from tierkv.layout import Layout
 from tierkv.values import hide_password, parse_size, show_size
@@ -111,6 +121,7 @@ def test_every_option_can_be_set_by_file_variable_and_flag() -> None:
 
 EXAMPLES = {
     "store.secret_file": "/s",
+    "device.capacity": 1 << 30,
     "disk.path": "/kv",
     "redis.url": "redis://h",
     "redis.ttl_s": 1.5,
@@ -273,6 +284,8 @@ def test_shown_values_are_readable() -> None:
     assert got.show("disk.path") == "/kv"
     assert got.show("host.capacity") == "1536MiB"
     assert got.show("redis.ttl_s") is None
+    assert got.show("device.capacity") is None
+    assert loaded(overrides=("device.capacity=1GiB",)).show("device.capacity") == "1GiB"
     assert got.show("transfer.spill_watermark") == 0.1
 
 
@@ -280,6 +293,8 @@ def test_capacity_below_one_block_is_refused_when_the_layout_is_known() -> None:
     layout = Layout(num_layers=30, num_kv_heads=3, head_dim=64, dtype="float32")
     Config().check_layout(layout)
     Config(host=HostConfig(capacity=layout.block_bytes)).check_layout(layout)
+    with pytest.raises(ConfigError, match=r"device\.capacity = 700KB .*737280 bytes"):
+        Config(device=DeviceConfig(capacity=700_000)).check_layout(layout)
     with pytest.raises(ConfigError, match=r"host\.capacity = 700KB .*737280 bytes for 16 tokens") as caught:
         Config(host=HostConfig(capacity=700_000)).check_layout(layout)
     assert "\n" not in str(caught.value)

@@ -7,7 +7,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from tierkv.config import Config
+from tierkv.config import CPU_PAGES, Config
 from tierkv.keys import Namespace
 from tierkv.layout import Layout
 from tierkv.metrics import Metrics
@@ -59,7 +59,8 @@ def open_store(
     metrics, transfer, on = metrics or Metrics(), config.transfer, torch.device(device)
     cost = CostModel(block_tokens=layout.block_tokens, block_bytes=layout.block_bytes)
     config.check_layout(layout)
-    num_pages, num_host = config.device.capacity // layout.block_bytes, config.host.capacity // layout.block_bytes
+    capacity = CPU_PAGES if config.device.capacity is None else config.device.capacity
+    num_pages, num_host = capacity // layout.block_bytes, config.host.capacity // layout.block_bytes
     piece = max(1, min(MAX_PIECE_BLOCKS, PIECE_BYTES // layout.block_bytes))
     spares: SimpleQueue[list[int]] = SimpleQueue()
     for at in range(transfer.load_threads):

@@ -43,6 +43,9 @@ COPY_DOWNS: Final = ("save", "second_use", "spill")
 CODECS: Final = ("raw", "lz4")
 DTYPES: Final = ("float32", "bfloat16", "float16")
 
+CPU_PAGES: Final = 512 * 1024**2
+"""Bytes of pages on a CPU when device.capacity is off."""
+
 Bytes = int
 Seconds = float
 
@@ -75,7 +78,12 @@ class DeviceConfig(_Section):
     """Pages that the engine attends to."""
 
     kind: Annotated[str, choice("auto", "cpu", "cuda"), "where pages live; auto is cuda when there is one"] = "auto"
-    capacity: Annotated[Bytes, SIZE, "bytes of pages, used and free"] = 512 * 1024**2
+    capacity: Annotated[
+        Bytes | None, optional(SIZE), "bytes of pages; off: 512MiB on a CPU, what the model leaves on a GPU"
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float, FRACTION, "part of a GPU's memory that all on it may use, when capacity is off"
+    ] = 0.9
     policy: Annotated[str, choice(*POLICIES), "what to forget first"] = "lru"
 
 
@@ -121,6 +129,10 @@ class TransferConfig(_Section):
     load_threads: Annotated[int, integer(1, 64), "threads that read"] = 2
     save_threads: Annotated[int, integer(1, 64), "threads that write"] = 1
     spill_watermark: Annotated[float, FRACTION, 'free part of a tier under which copy_down "spill" copies ahead'] = 0.1
+    spill_share: Annotated[
+        float, FRACTION, "part of the time that spills may use the link while the engine decodes"
+    ] = 0.5
+    layer_groups: Annotated[int, integer(1), "parts of a load that arrive one by one, first layers first"] = 1
     down_after: Annotated[int, integer(1), "failures in a row that take a tier out of use for a while"] = 3
     down_s: Annotated[Seconds, SECONDS, "seconds a tier that failed is left alone"] = 5.0
 
@@ -135,6 +147,9 @@ class EngineConfig(_Section):
     max_sequences: Annotated[int, integer(1), "sequences in one step"] = 32
     max_context: Annotated[int | None, optional(integer(2)), "tokens of prompt and answer; off: the model's own"] = None
     num_threads: Annotated[int | None, optional(integer(1)), "CPU threads of the model; off: torch's choice"] = None
+    cuda_graphs: Annotated[str, choice("auto", "off"), "replay decode steps as CUDA graphs, where the model allows"] = (
+        "auto"
+    )
     seed: Annotated[int, integer(0), "of requests that bring none"] = 0
 
 
@@ -160,7 +175,9 @@ class Config:
 
     def check_layout(self, layout: Layout) -> None:
         """Raise ConfigError when a tier that is on cannot hold one block of `layout`."""
-        tiers = {"device": self.device.capacity, "host": self.host.capacity}
+        tiers = {"host": self.host.capacity}
+        if self.device.capacity is not None:
+            tiers["device"] = self.device.capacity
         if self.disk.path is not None:
             tiers["disk"] = self.disk.capacity
         for name, capacity in tiers.items():
@@ -221,7 +238,7 @@ class Loaded:
         """The value of `section.key`, as a person may see it: sizes with units, no password."""
         section, key = name.split(".")
         value = getattr(getattr(self.config, section), key)
-        if key == "capacity":
+        if key == "capacity" and value is not None:
             return show_size(value)
         if isinstance(value, str | Path):
             return hide_password(str(value)) if key == "url" else str(value)
