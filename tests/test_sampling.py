@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tierkv.engine.sampling import Draw, SamplingParams, derived_seed, sample, uniform
 from tierkv.errors import RequestError
@@ -77,6 +79,59 @@ def test_large_vocabularies_are_cut_at_the_same_place_as_by_a_full_sort(params: 
     for (token, _), draw in zip(sample(logits.expand(60, -1), rows), rows, strict=True):
         place = torch.searchsorted(cumulated, uniform(3, 0, draw.position) * cumulated[-1], right=True)
         assert token == order[place]
+
+
+def row_by_row(logits: torch.Tensor, draw: Draw) -> int:
+    """The token of one row, as plainly as it can be said."""
+    params = draw.params
+    if params.temperature == 0:
+        return int(logits.argmax())
+    probabilities, order = torch.softmax(logits.double() / params.temperature, -1).sort(descending=True, stable=True)
+    if params.top_k is not None:
+        probabilities = probabilities[: params.top_k] / probabilities[: params.top_k].sum()
+    if params.top_p < 1:
+        probabilities = probabilities[probabilities.cumsum(0) - probabilities < params.top_p]
+    if params.min_p > 0:
+        probabilities = probabilities[probabilities >= params.min_p * probabilities[0]]
+    if params.top_k is None and params.top_p == 1 and params.min_p == 0:  # by id, not by likelihood
+        probabilities, order = torch.softmax(logits.double() / params.temperature, -1), torch.arange(len(logits))
+    cumulated = probabilities.cumsum(0)
+    target = uniform(draw.seed, draw.index, draw.position) * cumulated[-1]
+    return int(order[min(int(torch.searchsorted(cumulated, target, right=True)), len(cumulated) - 1)])
+
+
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]),
+    top_k=st.none() | st.sampled_from([1, 7, 1500, 10_000]),
+    top_p=st.sampled_from([1.0, 0.999, 0.9, 0.2]),
+    min_p=st.sampled_from([0.0, 1e-5, 0.1]),
+    logprobs=st.none() | st.integers(0, 3),
+)
+
+
+@settings(deadline=None, derandomize=True)
+@given(params=st.lists(PARAMS, min_size=1, max_size=6), seed=st.integers(0, 99), size=st.sampled_from([5, 90, 3000]))
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16]
+)  # bfloat16 has few values: many tokens are equally likely
+def test_a_batch_gets_the_tokens_of_its_rows(
+    params: list[SamplingParams], seed: int, size: int, dtype: torch.dtype
+) -> None:
+    logits = (torch.randn(len(params), size, generator=torch.Generator().manual_seed(seed)) * 2).to(dtype)
+    rows = [Draw(own, seed, 0, number) for number, own in enumerate(params)]
+    got = sample(logits, rows)
+    assert [token for token, _ in got] == [row_by_row(logits[row], draw) for row, draw in enumerate(rows)]
+    for row, ((token, reported), draw) in enumerate(zip(got, rows, strict=True)):
+        assert (reported is None) == (draw.params.logprobs is None)
+        if reported is not None:
+            expected = torch.log_softmax(logits[row].float(), -1)
+            assert reported.logprob == pytest.approx(expected[token].item(), abs=1e-5)
+            top = expected.sort(descending=True).values[: draw.params.logprobs].tolist()
+            assert [value for _, value in reported.top] == pytest.approx(top, abs=1e-5)
+            assert [value for _, value in reported.top] == pytest.approx(
+                [expected[number].item() for number, _ in reported.top], abs=1e-5
+            )
 
 
 def test_a_token_does_not_depend_on_its_neighbours() -> None:

@@ -6,16 +6,21 @@ the same one. So a request's tokens do not depend on what else is in the batch, 
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final
 
 import torch
 
 from tierkv.errors import RequestError
 
+Tensor = torch.Tensor
+
 MAX_LOGPROBS: Final = 1000
-_FIRST_TOP: Final = 1024  # candidates tried before a whole vocabulary is sorted: 20x cheaper where they suffice
+_FIRST_TOP: Final = 1024  # candidates tried first: a whole vocabulary costs 20x as much to sort
+_MORE: Final = 16  # times as many where they were too few
+_CACHED: Final = 1 << 16  # logits worked on at a time on a CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +93,45 @@ class Draw:
     position: int
 
 
-def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[tuple[int, TokenLogprobs | None]]:
-    """Choose one token per row. logits: [len(draws), vocabulary], any float dtype."""
-    logits = logits.float()
-    tokens = logits.argmax(dim=-1).tolist()
-    for row, draw in enumerate(draws):
-        if draw.params.temperature > 0:
-            tokens[row] = _sample_row(logits[row], draw)
-    return [
-        (token, None if draw.params.logprobs is None else _logprobs(logits[row], token, draw.params.logprobs))
-        for row, (token, draw) in enumerate(zip(tokens, draws, strict=True))
-    ]
+def sample(logits: Tensor, draws: Sequence[Draw]) -> list[tuple[int, TokenLogprobs | None]]:
+    """Choose one token per row, with one transfer to the host. logits: [len(draws), vocabulary], any float dtype.
+
+    Tokens of equal logits rank by their ids, so that a row's token depends neither on its neighbours nor on the device.
+    """
+    return _sample(logits, draws, _FIRST_TOP)
+
+
+def _sample(logits: Tensor, draws: Sequence[Draw], num_candidates: int) -> list[tuple[int, TokenLogprobs | None]]:
+    params = [draw.params for draw in draws]
+    greedy = [row for row, own in enumerate(params) if own.temperature == 0]
+    if len(greedy) == len(params) and all(own.logprobs is None for own in params):
+        return [(token, None) for token in _likeliest(logits).tolist()]
+    whole = [row for row, own in enumerate(params) if own.temperature > 0 and not _cuts(own)]
+    cut = [row for row, own in enumerate(params) if own.temperature > 0 and _cuts(own)]
+    tokens = _likeliest(logits) if greedy else logits.new_empty(len(params), dtype=torch.int64)
+    if whole:
+        _put(tokens, whole, _draw_whole(_rows(logits, whole), [draws[row] for row in whole]))
+    parts = [tokens.double()]
+    if cut:
+        drawn, is_short = _draw_cut(_rows(logits, cut), [draws[row] for row in cut], num_candidates)
+        _put(tokens, cut, drawn)
+        parts = [tokens.double(), is_short.double()]
+    told = [row for row, own in enumerate(params) if own.logprobs is not None]
+    most = max((own.logprobs or 0 for own in params), default=0)
+    if told:
+        parts.append(_logprobs(_rows(logits, told), _rows(tokens, told), most).view(-1))
+    values = iter(torch.cat(parts).tolist())  # the one wait for the device in a step
+    chosen = [int(next(values)) for _ in params]
+    short = [row for row in cut if next(values)]
+    reported: list[TokenLogprobs | None] = [None] * len(params)
+    for row in told:
+        reported[row] = _reported(chosen[row], values, params[row].logprobs or 0, min(most, logits.shape[1]))
+    results = list(zip(chosen, reported, strict=True))
+    if short:
+        again = _sample(_rows(logits, short), [draws[row] for row in short], num_candidates * _MORE)
+        for row, result in zip(short, again, strict=True):
+            results[row] = result
+    return results
 
 
 def uniform(seed: int, index: int, position: int) -> float:
@@ -112,56 +145,119 @@ def derived_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed},{name}".encode(), digest_size=8).digest(), "little")
 
 
-def _sample_row(logits: torch.Tensor, draw: Draw) -> int:
-    params = draw.params
-    if params.top_k is None and params.top_p == 1 and params.min_p == 0:
-        probabilities = torch.softmax(logits.double() / params.temperature, dim=-1)
-        return _invert(probabilities, None, draw)
-    scaled = logits.double() / params.temperature
-    probabilities, tokens = _leading(scaled, params)
-    if params.top_p < 1:
-        before = probabilities.cumsum(0) - probabilities
-        probabilities = probabilities[before < params.top_p]
-    if params.min_p > 0:
-        probabilities = probabilities[probabilities >= params.min_p * probabilities[0]]
-    return _invert(probabilities, tokens, draw)
+def _cuts(params: SamplingParams) -> bool:
+    """Whether some tokens are left out before one is drawn."""
+    return params.top_k is not None or params.top_p < 1 or params.min_p > 0
 
 
-def _leading(scaled: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities and tokens, likeliest first, as far as top_k, top_p and min_p can reach."""
-    size = scaled.shape[0]
-    if params.top_k is not None:
-        values, tokens = torch.topk(scaled, min(params.top_k, size))
-        return torch.softmax(values, dim=-1), tokens
-    total = torch.logsumexp(scaled, dim=-1)
-    values, tokens = torch.topk(scaled, min(_FIRST_TOP, size))
-    probabilities = torch.exp(values - total)
-    reached = float(probabilities.sum()) >= params.top_p if params.top_p < 1 else False
-    reached = reached or bool(probabilities[-1] < params.min_p * probabilities[0])
-    if not reached:
-        values, tokens = torch.sort(scaled, descending=True)
-        probabilities = torch.exp(values - total)
-    return probabilities, tokens
+def _likeliest(logits: Tensor) -> Tensor:
+    # On a CPU the argmax of bfloat16 takes twice the time of a float32 copy and its argmax (2-core VM, 2026-11-22).
+    return (logits if logits.is_cuda else logits.float()).argmax(dim=-1)
 
 
-def _invert(probabilities: torch.Tensor, tokens: torch.Tensor | None, draw: Draw) -> int:
-    """The token at which the cumulated probability passes the draw's random number."""
-    cumulated = probabilities.cumsum(0)
-    target = uniform(draw.seed, draw.index, draw.position) * float(cumulated[-1])
-    place = int(
-        torch.searchsorted(cumulated, torch.tensor(target, dtype=cumulated.dtype, device=cumulated.device), right=True)
+def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    return tensor if len(rows) == len(tensor) else tensor.index_select(0, _sent(rows, tensor, torch.int64))
+
+
+def _put(tokens: Tensor, rows: Sequence[int], drawn: Tensor) -> None:
+    if len(rows) == len(tokens):
+        tokens.copy_(drawn)
+    else:
+        tokens.index_copy_(0, _sent(rows, tokens, torch.int64), drawn)
+
+
+def _sent(values: Any, like: Tensor, dtype: torch.dtype) -> Tensor:  # Any: nested lists of numbers
+    """Numbers on the device of `like`, without waiting for it."""
+    return torch.tensor(values, dtype=dtype).to(like.device, non_blocking=True)
+
+
+def _slices(logits: Tensor, columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows and their columns: on a GPU all at once, on a CPU as many as its caches hold."""
+    size = len(logits) if logits.is_cuda else max(1, _CACHED // logits.shape[1])
+    return zip(torch.split(logits, size), torch.split(columns, size, dim=1), strict=True)
+
+
+def _draw_whole(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """From all tokens, in the order of their ids."""
+    numbers = [[draw.params.temperature for draw in draws], [_uniform(draw) for draw in draws]]
+    drawn = []
+    for rows, own in _slices(logits, _sent(numbers, logits, torch.float64)):
+        temperature, number = own.unsqueeze(2)
+        scaled = rows.double() / temperature
+        cumulated = (scaled - scaled.amax(dim=1, keepdim=True)).exp_().cumsum(dim=1)
+        place = torch.searchsorted(cumulated, number * cumulated[:, -1:], right=True)
+        drawn.append(place.clamp_(max=rows.shape[1] - 1).view(-1))
+    return torch.cat(drawn)
+
+
+def _draw_cut(logits: Tensor, draws: Sequence[Draw], num_candidates: int) -> tuple[Tensor, Tensor]:
+    """From the likeliest tokens, likeliest first; True where more candidates than these would have been drawn from.
+
+    Probabilities are all relative to the likeliest token's: its own is 1.
+    """
+    size = logits.shape[1]
+    every = [draw.params for draw in draws]
+    numbers = [
+        [own.temperature for own in every],
+        [_uniform(draw) for draw in draws],
+        [min(own.top_k or size, size) for own in every],
+        [own.top_p for own in every],
+        [own.min_p for own in every],
+    ]
+    limits = [min(own.top_k, size) if own.top_k else min(num_candidates, size) for own in every]
+    has_total = any(own.top_k is None and own.top_p < 1 for own in every)
+    drawn, is_short, first = [], [], 0
+    for rows, own in _slices(logits, _sent(numbers, logits, torch.float64)):
+        temperature, number, top_k, top_p, min_p = own.unsqueeze(2)
+        candidates = max(limits[first : first + len(rows)])
+        first += len(rows)
+        tokens = _leading(rows, candidates)
+        scaled = rows.gather(1, tokens).double() / temperature
+        weights = (scaled - scaled[:, :1]).exp_()
+        cumulated = weights.cumsum(dim=1)
+        count = top_k.clamp(max=candidates)
+        total = cumulated.gather(1, count.long() - 1)
+        if has_total:
+            everything = torch.exp(torch.logsumexp(rows.double() / temperature, 1, keepdim=True) - scaled[:, :1])
+            total = torch.where(top_k < size, total, everything)
+        inside = torch.where(top_p < 1, cumulated - weights < top_p * total, True) & (weights >= min_p)
+        kept = torch.minimum(inside.sum(dim=1, keepdim=True), count.long())
+        place = (cumulated <= number * cumulated.gather(1, kept - 1)).sum(dim=1, keepdim=True)
+        drawn.append(tokens.gather(1, torch.minimum(place, kept - 1)).view(-1))
+        is_short.append((inside[:, -1:] & (top_k > candidates)).view(-1))
+    return torch.cat(drawn), torch.cat(is_short)
+
+
+def _leading(logits: Tensor, count: int) -> Tensor:
+    """The likeliest tokens of each row, best first; of equals the one with the lower id."""
+    bits = logits.float().view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()  # as integers, floats compare as they do
+    ordered <<= 32
+    ordered |= torch.arange(logits.shape[1] - 1, -1, -1, device=logits.device)
+    return logits.shape[1] - 1 - (torch.topk(ordered, count).values & 0xFFFFFFFF)
+
+
+def _uniform(draw: Draw) -> float:
+    return uniform(draw.seed, draw.index, draw.position)
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, count: int) -> Tensor:
+    """Per row the token's log-probability, then those of the `count` likeliest, then these."""
+    logits = logits.float()
+    total = torch.logsumexp(logits, dim=1, keepdim=True)
+    parts = [logits.gather(1, tokens.view(-1, 1)) - total]
+    if count:
+        top = torch.topk(logits, min(count, logits.shape[1]))
+        parts += [top.values - total, top.indices]
+    return torch.cat([part.double() for part in parts], dim=1)
+
+
+def _reported(token: int, values: Iterator[float], count: int, most: int) -> TokenLogprobs:
+    """Read what `_logprobs` says of one row."""
+    chosen, top, tokens = next(values), list(islice(values, most)), list(islice(values, most))
+    return TokenLogprobs(
+        token, chosen, tuple((int(token), value) for token, value in zip(tokens, top, strict=True))[:count]
     )
-    place = min(place, cumulated.shape[0] - 1)
-    return place if tokens is None else int(tokens[place])
-
-
-def _logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:
-    total = torch.logsumexp(logits, dim=-1)
-    chosen = float(logits[token] - total)
-    if count == 0:
-        return TokenLogprobs(token, chosen)
-    values, tokens = torch.topk(logits, min(count, logits.shape[0]))
-    return TokenLogprobs(token, chosen, tuple(zip(tokens.tolist(), (values - total).tolist(), strict=True)))
 
 
 def _check_int(name: str, value: Any, least: int) -> None:  # Any: the caller's input, checked here
