@@ -56,7 +56,7 @@ def tiles_for(case: Case, *, group: int) -> Tiles:
 
 
 def rule(case: Case) -> Tiles:
-    """Tiles that spill no register on sm_80, sm_90 and sm_100 (the tests compile them); how fast they are was not measured."""
+    """Tiles that spill no register on sm_80, sm_90 and sm_100, in what the tests compile; how fast they are was not measured."""
     if INTERPRETED:
         return Tiles(rows=16, keys=16, warps=1, stages=1, programs=1)
     wide, size, has_wgmma = case.head_dim > 128, case.element_bytes, architecture() >= 90
@@ -64,18 +64,21 @@ def rule(case: Case) -> Tiles:
         return Tiles(rows=16 if size == 4 else 32, keys=32, warps=8, stages=1 if size == 4 else 2, programs=1)
     if case.few and wide:
         return Tiles(rows=16, keys=32, warps=8, stages=3, programs=2)
-    if case.few:
-        keys = 128 if size == 1 and has_wgmma else 64  # codes are half the bytes: as many in flight
-        return Tiles(rows=16, keys=keys, warps=4, stages=3, programs=3 if size == 2 else 2)
+    if case.few:  # what decodes e4m3 in integers, before wgmma, needs registers
+        return Tiles(
+            rows=16, keys=64, warps=8 if size == 1 and not has_wgmma else 4, stages=3, programs=3 if size == 2 else 2
+        )
     if size == 4:
         return Tiles(rows=16 if wide else 32, keys=32, warps=8, stages=1, programs=1)
     if wide and size == 1:
         return Tiles(rows=32, keys=32, warps=8, stages=2, programs=1)
     if wide:
         return Tiles(rows=64, keys=64 if has_wgmma else 16, warps=8, stages=2, programs=1)
-    if has_wgmma:
+    if has_wgmma and (size == 2 or architecture() < 100):
         return Tiles(rows=128, keys=64, warps=8, stages=2, programs=1)
-    return Tiles(rows=64 if size == 1 else 128, keys=64 if size == 1 else 32, warps=8, stages=2, programs=1)
+    return Tiles(
+        rows=64, keys=64 if has_wgmma or case.head_dim > 64 or size == 2 else 32, warps=8, stages=2, programs=1
+    )
 
 
 def candidates(case: Case) -> list[Tiles]:
