@@ -1,6 +1,11 @@
-"""The mover: lanes are bounded, breakers open and close, a gate keeps a late job out."""
+"""The mover: lanes are bounded, the background holds nobody up, breakers open and close, a gate keeps a late job out."""
 
 import logging
+import subprocess
+import sys
+from collections.abc import Generator
+from itertools import count
+from threading import Event
 
 import pytest
 
@@ -79,6 +84,78 @@ def test_a_closed_mover_refuses_and_cancels_what_is_queued(mover: Mover) -> None
     mover.close()
     assert future is not None and future.cancelled()
     assert mover.submit("save", lambda: None, blocks=1) is None
+
+
+def endless(seen: list[int]) -> Generator[int, None, None]:
+    try:
+        for number in count():
+            seen.append(number)
+            yield number
+    finally:
+        seen.append(-1)
+
+
+def test_steps_in_the_background_are_taken_between_other_jobs_until_they_end(mover: Mover, steps: StepExecutor) -> None:
+    taken: list[str] = []
+    mover.background("pin", (taken.append("step") for _ in range(2)))
+    mover.submit("save", lambda: taken.append("job"), blocks=1)
+    steps.run_all()
+    assert taken == ["step", "job", "step"]
+
+
+def test_drain_does_not_wait_for_the_background(mover: Mover) -> None:
+    mover.background("pin", endless([]))
+    assert mover.drain(0)
+
+
+def test_a_closed_mover_takes_no_further_step_and_ends_the_generator(mover: Mover, steps: StepExecutor) -> None:
+    seen: list[int] = []
+    mover.background("pin", endless(seen))
+    steps.step()
+    mover.close()
+    mover.close()
+    assert seen == [0, -1] and not steps.queue
+    late: list[int] = []
+    mover.background("pin", endless(late))
+    assert late == [] and not steps.queue
+
+
+def test_close_waits_for_the_step_at_hand() -> None:
+    mover = Mover({}, metrics=Metrics())
+    begun, seen = Event(), []
+
+    def work() -> Generator[None, None, None]:
+        begun.set()
+        for number in range(1 << 30):
+            seen.append(number)
+            yield
+
+    mover.background("pin", work())
+    assert begun.wait(10)
+    mover.close()
+    now = len(seen)
+    assert now and seen == list(range(now))
+
+
+def test_a_step_that_raises_is_logged_and_the_last(
+    mover: Mover, steps: StepExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    mover.background("pin", (1 // number for number in (1, 0, 1)))
+    with caplog.at_level(logging.ERROR, "tierkv"):
+        steps.run_all()
+    assert "pin ends unfinished" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+def test_a_process_can_end_while_something_runs_in_the_background() -> None:
+    code = """
+import itertools, logging, time
+from tierkv.metrics import Metrics
+from tierkv.mover import Mover
+logging.basicConfig(level=logging.DEBUG)
+Mover({}, metrics=Metrics()).background("pin", (time.sleep(0.001) for _ in itertools.count()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "") and done.stderr == "DEBUG:tierkv:pin ends unfinished\n"
 
 
 def test_a_breaker_opens_after_failures_in_a_row_for_a_time_that_doubles() -> None:

@@ -138,6 +138,7 @@ class Metrics:
 
     blocks_used: Gauge = _metric(Gauge, "Blocks a tier holds", "tier")
     blocks_capacity: Gauge = _metric(Gauge, "Blocks a tier can hold", "tier")
+    host_pinned_bytes: Gauge = _metric(Gauge, "Pinned bytes of the host slab, its spare places included")
     queue_depth: Gauge = _metric(Gauge, "Transfers waiting", "queue")
     blocks_evicted: Counter = _metric(Counter, "Blocks forgotten for room", "tier")
     blocks_lost: Counter = _metric(Counter, "Evicted blocks that no other tier of this store holds", "tier")

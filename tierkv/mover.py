@@ -3,11 +3,15 @@
 The only file that starts threads. A lane is a queue measured in blocks: when it is full a job is refused, and the caller drops
 a save (counted) or treats a load as a miss. Jobs are plain callables; what they may touch is settled before they are queued
 (the three steps: reserve, move, commit), so a job that never runs leaves a miss and nothing else.
+
+What goes first is decided by who has threads, not by sorting queues: each kind of transfer has a lane, so a load for the next
+step never waits behind a save or a spill; on CUDA each direction has streams of its own, and spills leave the link idle for
+a share of the time. What has no end in sight (touching and pinning the host slab) is no job of a lane: it runs in the background.
 """
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Lock
@@ -35,6 +39,38 @@ class _Lane:
         self.futures: set[Future[object]] = set()
 
 
+class _Background:
+    """Steps of a generator, each a job of its own: so none is begun once the executor, or the interpreter, shuts down."""
+
+    def __init__(self, name: str, steps: Generator[object, None, None], executor: Executor) -> None:
+        self._name, self._steps, self._executor = name, steps, executor
+        self._closed = False
+
+    def queue(self) -> None:
+        """Queue the next step."""
+        if not self._closed:
+            try:
+                self._executor.submit(self._step)
+            except RuntimeError:  # closed meanwhile, or the interpreter is about to end
+                log.debug("%s ends unfinished", self._name)
+
+    def _step(self) -> None:
+        try:
+            next(self._steps)
+        except StopIteration:
+            return
+        except Exception:
+            log.exception("%s ends unfinished", self._name)
+            return
+        self.queue()
+
+    def close(self) -> None:
+        """Wait for the step at hand, drop the rest. Idempotent."""
+        self._closed = True
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._steps.close()
+
+
 def _threads(name: str, spec: LaneSpec) -> Executor:
     return ThreadPoolExecutor(max_workers=spec.threads, thread_name_prefix=f"tierkv-{name}")
 
@@ -55,6 +91,8 @@ class Mover:
         self._lock = Lock()
         self._lanes = {name: _Lane(name, spec, executor(name, spec)) for name, spec in lanes.items()}
         self._helpers: list[Executor] = []
+        self._background: list[_Background] = []
+        self._executor = executor
         self._closed = False
         for lane in self._lanes.values():
             metrics.queue_depth.read_from(lambda lane=lane: float(lane.blocks), lane.name)  # type: ignore[misc]  # default binds the lane
@@ -64,6 +102,18 @@ class Mover:
         executor = _threads(name, LaneSpec(threads, 0))
         self._helpers.append(executor)
         return executor
+
+    def background(self, name: str, steps: Generator[object, None, None]) -> None:
+        """Take the steps one after another, on a thread of their own, until they end, fail, or the mover closes.
+
+        `drain` does not wait for them; `close`, and the end of the process, wait for the step at hand and drop the rest.
+        """
+        with self._lock:
+            if self._closed:
+                return steps.close()
+            work = _Background(name, steps, self._executor(name, LaneSpec(1, 0)))
+            self._background.append(work)
+        work.queue()
 
     def submit(self, lane_name: str, job: Callable[[], T], *, blocks: int) -> "Future[T] | None":
         """Queue a job that moves `blocks` blocks; None when the lane is full or closed.
@@ -106,6 +156,8 @@ class Mover:
         """Refuse new jobs, drop those not begun, wait for those under way. Idempotent."""
         with self._lock:
             self._closed = True
+        for work in self._background:
+            work.close()
         for lane in self._lanes.values():
             lane.executor.shutdown(wait=True, cancel_futures=True)
         for executor in self._helpers:
