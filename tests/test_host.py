@@ -230,6 +230,22 @@ def test_closed_while_a_piece_is_being_registered_it_waits_for_that_piece_alone(
     assert len(driver.all) == 1 and not driver.live
 
 
+def test_closed_between_touching_and_registering_a_piece_that_piece_is_not_registered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slab = small()
+    driver = Driver(slab)
+
+    def closes(address: int, size: int) -> bool:
+        if address > driver.first:
+            slab.close()
+        return True
+
+    monkeypatch.setattr(host_module, "populate", closes)
+    list(slab.pin(driver.register, driver.unregister))
+    assert len(driver.all) == 1 and not driver.live
+
+
 def test_a_slab_that_nobody_closes_is_unregistered_when_it_goes() -> None:
     slab = small()
     driver = Driver(slab)

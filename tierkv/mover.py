@@ -44,15 +44,13 @@ class _Background:
 
     def __init__(self, name: str, steps: Generator[object, None, None], executor: Executor) -> None:
         self._name, self._steps, self._executor = name, steps, executor
-        self._closed = False
 
     def queue(self) -> None:
         """Queue the next step."""
-        if not self._closed:
-            try:
-                self._executor.submit(self._step)
-            except RuntimeError:  # closed meanwhile, or the interpreter is about to end
-                log.debug("%s ends unfinished", self._name)
+        try:
+            self._executor.submit(self._step)
+        except RuntimeError:  # closed meanwhile, or the interpreter is about to end
+            log.debug("%s ends unfinished", self._name)
 
     def _step(self) -> None:
         try:
@@ -66,7 +64,6 @@ class _Background:
 
     def close(self) -> None:
         """Wait for the step at hand, drop the rest. Idempotent."""
-        self._closed = True
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._steps.close()
 
