@@ -99,11 +99,13 @@ STORE = ("tierkv.store", "tierkv.transfers", "tierkv.assembly")  # the façade, 
 TORCH = (
     *STORE[2:],
     "tierkv.tiers.device",
+    "tierkv.tiers.device_cuda",
     "tierkv.engine",
     "tierkv.kernels",
     "tierkv.connectors",
     "tierkv.codecs",
     "tierkv.demo",
+    "tierkv.measure",
 )
 TOP = ("tierkv.cli", "tierkv.demo")
 
@@ -124,7 +126,7 @@ RULES: dict[str, Callable[[Use], bool]] = {
     ),
     "index and mover: known to the store alone": lambda use: (
         use.of("tierkv.index", "tierkv.mover")
-        and not within(use.module, *STORE, *INDEX, "tierkv.mover", "tierkv.testing")
+        and not within(use.module, *STORE, *INDEX, "tierkv.mover", "tierkv.testing", "tierkv.measure")
     ),
     "kernels: torch and triton only": lambda use: (
         within(use.module, "tierkv.kernels") and foreign(use, "torch", "triton", "numpy", "tierkv.kernels")

@@ -103,3 +103,5 @@ class Staging(Protocol):
     rows: Any
     """[num_places, stride] uint8, numpy; a block is the first `block_bytes` of a row."""
     stride: int
+    piece_places: int
+    """Places that are registered with CUDA together, from each multiple of it on; one copy must not cross a multiple."""

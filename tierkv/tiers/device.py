@@ -1,12 +1,23 @@
 """The device tier: the pages that attention reads, one tensor `[num_pages, *block]`, and the copies to and from the host.
 
-The only file that knows a device. A page is one contiguous block of all layers, so a page moves as one copy. On CUDA
-the copies run on two streams of their own, in and out; on the CPU they are plain memory copies on the mover's thread. Both
-ways have the same two rules: a copy waits for the device's work that was queued when its `mark` was taken (its source is
-written by then, its target not in use any more), and it returns when the bytes have arrived.
+The only tier that knows a device. A page is one contiguous block of all layers, so a page moves as one copy, and a range of
+its layers (a `span` of its bytes) as one copy too. On the CPU these are plain memory copies. On CUDA:
+
+    engine's thread      mark ───────────────────────────┐ an event on torch's stream
+    a mover thread            wait for the mark ─ copies ─ event ─ sleep until the event      on a stream of its own
+
+Both directions have the same two rules. A copy waits, on the device, for the work that was queued when its `mark` was taken:
+its source is written by then, its target not in use any more. And a call returns when its own event has passed, so whoever
+called may announce the bytes and give page and place to others. The compute stream waits for nobody, and nobody's thread for it.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Lock
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +26,8 @@ import torch
 from tierkv.errors import ConfigError, TierError
 from tierkv.layout import Layout
 from tierkv.tiers.base import Slab, Staging
+from tierkv.tiers.device_calibration import choose_batches
+from tierkv.tiers.device_cuda import Copy, Cuda, Event, open_cuda
 
 DTYPES: Final = {
     "float32": torch.float32,
@@ -23,6 +36,10 @@ DTYPES: Final = {
     "float8_e4m3": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
+PACED_BYTES: Final = 8 << 20
+"""Copied between two pauses: several times what a copy costs to begin, and little for a load to wait behind."""
+
+Span = tuple[int, int]
 
 
 class PagePool(Slab):
@@ -34,9 +51,12 @@ class PagePool(Slab):
         try:
             self.pool = torch.zeros((num_pages, *layout.shape), dtype=DTYPES[layout.dtype], device=device)
         except RuntimeError as error:
-            size = num_pages * layout.block_bytes / 2**30
-            raise ConfigError(f"device.capacity: {size:.2f} GiB on {device} refused ({error}); lower it") from error
+            raise ConfigError(self._refused(error)) from error
         self._rows = self._byte_rows()
+
+    def _refused(self, error: RuntimeError) -> str:
+        size = self.num_places * self.block_bytes / 2**30
+        return f"device.capacity: {size:.2f} GiB on {self.device} refused ({error}); lower it"
 
     def _byte_rows(self) -> Any:
         """[num_pages, block_bytes] uint8 over the pool; a numpy array, whose copies run without the interpreter lock."""
@@ -50,18 +70,36 @@ class PagePool(Slab):
         """A point in the work queued on the device so far; on the CPU all of it is done."""
         return None
 
-    def copy_out(self, pages: Sequence[int], host: Staging, places: Sequence[int], *, after: object) -> None:
-        """Copy pages to places of the host, once what was queued at `after` (a `mark`) is done."""
-        for page, place in zip(pages, places, strict=True):
-            np.copyto(host.rows[place, : self.block_bytes], self._rows[page])
+    def copy_out(
+        self,
+        pages: Sequence[int],
+        host: Staging,
+        places: Sequence[int],
+        *,
+        after: object,
+        span: Span | None = None,
+        share: float = 1.0,
+    ) -> None:
+        """Copy pages to places of the host, once what was queued at `after` (a `mark`) is done. Returns when they are there.
 
-    def copy_in(self, host: Staging, places: Sequence[int], pages: Sequence[int], *, after: object) -> None:
-        """Copy places of the host to pages."""
+        span: bytes [lo, hi) of every block; all of it when None.
+        share: part of the time, above 0, that these copies may keep the link busy; the rest of it this thread sleeps.
+        Raises TierError when a copy fails; none of the call's copies is under way then.
+        """
+        lo, hi = span or (0, self.block_bytes)
+        for page, place in zip(pages, places, strict=True):
+            np.copyto(host.rows[place, lo:hi], self._rows[page, lo:hi])
+
+    def copy_in(
+        self, host: Staging, places: Sequence[int], pages: Sequence[int], *, after: object, span: Span | None = None
+    ) -> None:
+        """Copy places of the host to pages: `copy_out` the other way."""
+        lo, hi = span or (0, self.block_bytes)
         for place, page in zip(places, pages, strict=True):
-            np.copyto(self._rows[page], host.rows[place, : self.block_bytes])
+            np.copyto(self._rows[page, lo:hi], host.rows[place, lo:hi])
 
     def copy_within(self, sources: Sequence[int], pages: Sequence[int], *, after: object) -> None:
-        """Copy pages to other pages."""
+        """Copy pages to other pages; no page is both."""
         for source, page in zip(sources, pages, strict=True):
             np.copyto(self._rows[page], self._rows[source])
 
@@ -71,23 +109,46 @@ class PagePool(Slab):
 
 
 class CudaPagePool(PagePool):
-    """Pages in HBM. Copies are queued on CuPy streams; the calling mover thread waits for them, the compute stream never does."""
+    """Pages in HBM. Copies run on streams of their own; the calling mover thread sleeps until they are done.
 
-    def __init__(self, *, layout: Layout, num_pages: int, device: torch.device) -> None:
-        try:
-            import cupy
-        except ImportError as error:
-            raise TierError(
-                "device.kind = cuda needs CuPy: pip install 'tierkv[cuda12]' or 'tierkv[cuda13]'"
-            ) from error
-        self._cupy = cupy
+    A call has its stream to itself: one that waits for a mark far behind holds up no other, and both directions run together.
+    Streams are kept for the next call, so there are as many as threads have called at once.
+
+    calibration: the file where the way of copying is remembered; measured at every start when None.
+    clock, wait: of the pauses that `share` asks for, and of the measurement.
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: Layout,
+        num_pages: int,
+        device: torch.device,
+        cuda: Cuda,
+        calibration: Path | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        wait: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.cuda = cuda
         super().__init__(layout=layout, num_pages=num_pages, device=device)
-        with cupy.cuda.Device(self._ordinal):
-            self._in, self._out = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
+        self._streams: SimpleQueue[Any] = SimpleQueue()
+        self._pace = _Pace(clock, wait)
+        self.batches = choose_batches(
+            cuda,
+            pool=self.pool.data_ptr(),
+            num_pages=num_pages,
+            block_bytes=self.block_bytes,
+            clock=clock,
+            path=calibration,
+        )
 
-    @property
-    def _ordinal(self) -> int:
-        return self.device.index or 0
+    def _refused(self, error: RuntimeError) -> str:
+        size, free = self.num_places * self.block_bytes / 2**30, self.cuda.free_memory() / 2**30
+        return (
+            f"device.capacity: {size:.2f} GiB for {self.num_places} pages asked for, {free:.2f} GiB are free on "
+            f"{self.device}: set device.capacity or device.gpu_memory_utilization lower, or stop what else uses the card "
+            f"({str(error).splitlines()[0]})"
+        )
 
     def _byte_rows(self) -> Any:
         return None
@@ -96,60 +157,153 @@ class CudaPagePool(PagePool):
         """Not possible: device memory has no view."""
         raise TierError("a page in HBM has no view; copy it out")
 
-    def mark(self) -> object:
+    def mark(self) -> Event:
         """An event on torch's current stream."""
-        event = self._cupy.cuda.Event(block=False, disable_timing=True)
-        event.record(self._cupy.cuda.ExternalStream(torch.cuda.current_stream(self.device).cuda_stream))
-        return event
+        return self.cuda.mark()
 
-    def copy_out(self, pages: Sequence[int], host: Staging, places: Sequence[int], *, after: object) -> None:
+    def copy_out(
+        self,
+        pages: Sequence[int],
+        host: Staging,
+        places: Sequence[int],
+        *,
+        after: object,
+        span: Span | None = None,
+        share: float = 1.0,
+    ) -> None:
         """Copy pages to places of the host."""
-        self._out.wait_event(after)
-        self._copy(self._out, pages, host, places, out=True)
+        if share <= 0:
+            raise ValueError(f"share={share}: must be above 0, or the copy would never end")
+        copies = list(self._between(pages, host, places, span, out=True))
+        if share >= 1:
+            self._move(copies, after)
+            return
+        _event(after).wait()  # asleep: what the step takes is not the link's time
+        for some in _pieces(copies, PACED_BYTES):
+            self._pace.run(partial(self._move, some, after), share=share)
 
-    def copy_in(self, host: Staging, places: Sequence[int], pages: Sequence[int], *, after: object) -> None:
+    def copy_in(
+        self, host: Staging, places: Sequence[int], pages: Sequence[int], *, after: object, span: Span | None = None
+    ) -> None:
         """Copy places of the host to pages."""
-        self._in.wait_event(after)
-        self._copy(self._in, pages, host, places, out=False)
-
-    def _copy(self, stream: Any, pages: Sequence[int], host: Staging, places: Sequence[int], *, out: bool) -> None:
-        runtime = self._cupy.cuda.runtime
-        pool, slab = self.pool.data_ptr(), host.rows.ctypes.data
-        with self._cupy.cuda.Device(self._ordinal):
-            for page, place, length in _runs(pages, places, adjacent=host.stride == self.block_bytes):
-                on_device, on_host, size = (
-                    pool + page * self.block_bytes,
-                    slab + place * host.stride,
-                    length * self.block_bytes,
-                )
-                if out:
-                    runtime.memcpyAsync(on_host, on_device, size, runtime.memcpyDeviceToHost, stream.ptr)
-                else:
-                    runtime.memcpyAsync(on_device, on_host, size, runtime.memcpyHostToDevice, stream.ptr)
-            stream.synchronize()
+        self._move(list(self._between(pages, host, places, span, out=False)), after)
 
     def copy_within(self, sources: Sequence[int], pages: Sequence[int], *, after: object) -> None:
-        """Copy pages to other pages, on the stream of loads."""
-        runtime, pool = self._cupy.cuda.runtime, self.pool.data_ptr()
-        self._in.wait_event(after)
-        with self._cupy.cuda.Device(self._ordinal):
-            for source, page in zip(sources, pages, strict=True):
-                target, origin = pool + page * self.block_bytes, pool + source * self.block_bytes
-                runtime.memcpyAsync(target, origin, self.block_bytes, runtime.memcpyDeviceToDevice, self._in.ptr)
-            self._in.synchronize()
+        """Copy pages to other pages."""
+        pool, size = self.pool.data_ptr(), self.block_bytes
+        runs = _runs(sources, pages, piece=self.num_places)
+        self._move([Copy(pool + page * size, pool + source * size, n * size) for source, page, n in runs], after)
+
+    def _between(
+        self, pages: Sequence[int], host: Staging, places: Sequence[int], span: Span | None, *, out: bool
+    ) -> Iterator[Copy]:
+        """The copies for these pages and places: one for each stretch that is contiguous on both sides."""
+        lo, hi = span or (0, self.block_bytes)
+        whole = hi - lo == self.block_bytes == host.stride
+        pool, slab = self.pool.data_ptr() + lo, host.rows.ctypes.data + lo
+        for page, place, count in _runs(pages, places, piece=host.piece_places if whole else 1):
+            on_device, on_host = pool + page * self.block_bytes, slab + place * host.stride
+            size = count * (hi - lo)
+            yield Copy(on_host, on_device, size) if out else Copy(on_device, on_host, size)
+
+    def _move(self, copies: Sequence[Copy], after: object) -> None:
+        """Queue the copies behind a mark, and wait until they are done."""
+        if not copies:
+            return
+        with self._stream() as stream:
+            try:
+                self.cuda.wait(stream, _event(after))
+                if self.batches and len(copies) > 1:
+                    self.cuda.copy_batch(stream, copies)
+                else:
+                    self.cuda.copy(stream, copies)
+            finally:
+                # Also after a copy was refused: those before it are under way, to memory that others are given next.
+                self.cuda.record(stream).wait()
+
+    @contextmanager
+    def _stream(self) -> Iterator[Any]:
+        """A stream that nobody else uses meanwhile."""
+        try:
+            stream = self._streams.get_nowait()
+        except Empty:
+            stream = self.cuda.new_stream()
+        try:
+            yield stream
+        finally:
+            self._streams.put(stream)
 
 
-def _runs(pages: Sequence[int], places: Sequence[int], *, adjacent: bool) -> Iterator[tuple[int, int, int]]:
-    """(page, place, length) of stretches that are consecutive on both sides, so that each is one copy."""
+class _Pace:
+    """Copies that may use a share of the time: each is followed by the pause that makes it so, and no two run together."""
+
+    def __init__(self, clock: Callable[[], float], wait: Callable[[float], None]) -> None:
+        self._clock, self._wait = clock, wait
+        self._lock, self._rest_until = Lock(), float("-inf")
+
+    def run(self, copy: Callable[[], None], *, share: float) -> None:
+        """Run a copy when the pause after the last one is over."""
+        with self._lock:
+            pause = self._rest_until - self._clock()
+            if pause > 0:
+                self._wait(pause)
+            start = self._clock()
+            try:
+                copy()
+            finally:
+                end = self._clock()
+                self._rest_until = end + (end - start) * (1 / share - 1)
+
+
+def _event(after: object) -> Event:
+    if after is None or not hasattr(after, "wait"):
+        raise TypeError(f"after={after!r}: a copy waits for what `mark` returned")
+    return after
+
+
+def _runs(pages: Sequence[int], places: Sequence[int], *, piece: int) -> Iterator[tuple[int, int, int]]:
+    """(page, place, length) of stretches that are consecutive on both sides and cross no multiple of `piece` places."""
+    if len(pages) != len(places):
+        raise ValueError(f"{len(pages)} pages for {len(places)} places: one for each")
     start = 0
     for at in range(1, len(pages) + 1):
-        if at < len(pages) and adjacent and pages[at] == pages[at - 1] + 1 and places[at] == places[at - 1] + 1:
+        if (
+            at < len(pages)
+            and pages[at] == pages[at - 1] + 1
+            and places[at] == places[at - 1] + 1
+            and places[at] % piece
+        ):
             continue
         yield pages[start], places[start], at - start
         start = at
 
 
-def page_pool(*, layout: Layout, num_pages: int, device: torch.device) -> PagePool:
-    """The pool for a torch device."""
-    kind = CudaPagePool if device.type == "cuda" else PagePool
-    return kind(layout=layout, num_pages=num_pages, device=device)
+def _pieces(copies: Sequence[Copy], size: int) -> Iterator[Sequence[Copy]]:
+    """The copies in order, some at a time, `size` bytes each but for the last; a copy that is larger is cut."""
+    piece, room = list[Copy](), size
+    for target, source, left in copies:
+        done = 0
+        while done < left:
+            part = min(room, left - done)
+            piece.append(Copy(target + done, source + done, part))
+            done, room = done + part, room - part
+            if not room:
+                yield piece
+                piece, room = [], size
+    if piece:
+        yield piece
+
+
+def page_pool(
+    *,
+    layout: Layout,
+    num_pages: int,
+    device: torch.device,
+    cuda: Cuda | None = None,
+    calibration: Path | None = None,
+) -> PagePool:
+    """The pool for a torch device. cuda: the device opened before; opened here when None. Raises ConfigError."""
+    if device.type != "cuda":
+        return PagePool(layout=layout, num_pages=num_pages, device=device)
+    cuda = cuda or open_cuda(device.index or 0)
+    return CudaPagePool(layout=layout, num_pages=num_pages, device=device, cuda=cuda, calibration=calibration)
