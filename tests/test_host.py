@@ -154,6 +154,15 @@ def test_pinning_covers_every_place_and_counts_as_it_goes() -> None:
     assert not driver.live and slab.pinned_bytes == 0 and driver.calls == 2 * len(driver.all)
 
 
+def test_a_piece_is_touched_in_steps_and_registered_after_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "STEP_BYTES", 2 * 8192)
+    slab = small(num_places=8)  # pieces of 3, 3 and 2 places
+    driver = Driver(slab)
+    pinned = [(done // 8192, slab.pinned_bytes // 8192) for done in slab.pin(driver.register, driver.unregister)]
+    assert pinned == [(2, 0), (3, 3), (5, 3), (6, 6), (8, 8)]
+    slab.close()
+
+
 @pytest.mark.parametrize("error", [RuntimeError, TierError, OSError])
 def test_every_call_to_the_driver_may_fail(error: type[Exception], caplog: pytest.LogCaptureFixture) -> None:
     for number in range(100):

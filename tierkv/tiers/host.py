@@ -31,7 +31,9 @@ from tierkv.tiers.host_numa import memory_nodes, prefer_node
 
 ALIGNMENT: Final = 4096
 PIECE_BYTES: Final = 1 << 30
-"""Touched and registered in one go: what `close` may have to wait for, and what is lost to pinning when one piece is refused."""
+"""Registered in one go: few enough calls, and little lost when one is refused."""
+STEP_BYTES: Final = 64 << 20
+"""Touched in one go: what `close` may have to wait for, up to 0.25 s in a VM that gets its memory on demand."""
 _REFUSED = (TierError, RuntimeError, OSError)  # RuntimeError: CuPy's CUDARuntimeError is one
 
 Register = Callable[[int, int], object]
@@ -93,35 +95,38 @@ class HostSlab(Slab):
         return memory
 
     def touch(self) -> Generator[int, None, None]:
-        """Make the slab present from its first place to its last; yields the bytes done so far, after each piece.
+        """Make the slab present from its first place to its last; yields the bytes done so far, after each step.
 
         To be run once, on any thread, while the slab is in use; ends early when the slab is closed.
         """
-        size, populates = self.num_places * self.stride, True
-        for at in range(0, size, self.piece_places * self.stride):
-            if self._pins.released:
-                return
-            piece = min(self.piece_places * self.stride, size - at)
-            populates = populates and populate(self._address + at, piece)
-            yield at + piece
+        size, piece, populates = self.num_places * self.stride, self.piece_places * self.stride, True
+        for start in range(0, size, piece):
+            end = min(size, start + piece)
+            for at in range(start, end, STEP_BYTES):
+                if self._pins.released:
+                    return
+                step = min(STEP_BYTES, end - at)
+                populates = populates and populate(self._address + at, step)
+                yield at + step
 
     def pin(self, register: Register, unregister: Unregister) -> Generator[int, None, None]:
-        """Touch the slab, and register each piece once it is present; otherwise as `touch`.
+        """Touch the slab, and register each piece of `piece_places` once it is present; otherwise as `touch`.
 
         register: of an address and a size: whole places, page-aligned.  unregister: of an address; called once for each at
         `close`. Both may raise TierError, RuntimeError or OSError. After the first refusal what is left stays pageable, with one
         warning.
         """
-        done, refused = 0, False
-        for end in self.touch():
-            if not refused:
+        size, piece, refused = self.num_places * self.stride, self.piece_places * self.stride, False
+        start = 0
+        for done in self.touch():
+            if not refused and done == min(size, start + piece):
                 try:
-                    self._pins.add(self._address + done, end - done, register, unregister)
+                    self._pins.add(self._address + start, done - start, register, unregister)
                 except _REFUSED as error:
                     refused = True
-                    self._warn(end - done, error)
-            done = end
-            yield end
+                    self._warn(done - start, error)
+                start = done
+            yield done
 
     def _warn(self, piece: int, error: Exception) -> None:
         limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
