@@ -12,11 +12,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import bench.gpu.__main__ as command
-from bench.gpu.inputs import attention
-from bench.gpu.lab import Lab
 from bench.gpu.table import is_wrong, lines
 from bench.gpu.tune import write
 from tierkv.kernels.gpu.tiles import Case, Tiles
+from tierkv.measure.inputs import attention
+from tierkv.measure.lab import Lab
 
 ROOT: Final = Path(__file__).parent.parent
 
@@ -47,7 +47,7 @@ def test_a_suite_that_dies_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of which the suite's process dies
     card = SimpleNamespace(name="NVIDIA H200", total_memory=1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    assert command.everything(["overhead"], tmp_path) == 0
+    assert command.everything({"overhead": 60.0}, tmp_path) == 0
     (path,) = tmp_path.iterdir()
     result = json.loads(path.read_text(encoding="utf-8"))
     assert path.name == f"{result['machine']['date']}-h200.json"

@@ -12,6 +12,7 @@ from typing import Annotated, Final
 import typer
 
 from tierkv import __version__
+from tierkv.cli_bench import bench
 from tierkv.cli_demo import demo
 from tierkv.cli_generate import generate
 from tierkv.cli_show import config, inspect, size
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 for command in (demo, generate, config, inspect, size):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 @app.callback(invoke_without_command=True)

@@ -5,9 +5,11 @@ from typing import Final
 
 import torch
 
+from tierkv.measure import attention
+from tierkv.measure.inputs import LLAMA, MLA, TINY, TINY_MLA, Model, Paged
+from tierkv.measure.lab import Lab
+
 from . import peers
-from .inputs import LLAMA, MLA, TINY, TINY_MLA, Model, Paged
-from .lab import Lab
 
 GOAL: Final = 0.85  # of the copy bandwidth
 GOAL_QUANTISED: Final = 1.7  # times bf16's tokens a second
@@ -32,25 +34,12 @@ def measure(lab: Lab, name: str, model: Model, lengths: list[int], goal: float |
     for dtype, short in NAMES.items():
         with lab.attempt(f"{name} {short}"):
             paged = Paged(lab, model, lengths, dtype=dtype)
-            calls, reference = paged.calls(lab), paged.reference(0)
-            error = lab.checked(calls[0], reference)
-            timing = lab.time(calls)
-            tokens_per_s[short] = len(lengths) / timing.seconds
-            lab.add(
-                f"{name} {short}",
-                paged.kv_bytes / timing.seconds / 1e9,
-                "GB/s",
-                limit_name="copy",
-                limit=lab.copy_gbps(),
-                goal=goal if dtype == torch.bfloat16 else None,
-                rounds=timing.rounds,
-                error=error,
-                graph=timing.graph,
-            )
+            done = attention.decode(lab, f"{name} {short}", paged, goal if dtype == torch.bfloat16 else None)
+            tokens_per_s[short] = len(lengths) / done.timing.seconds
             if dtype == torch.bfloat16:
                 for peer, prepare in against.items():
                     with lab.attempt(f"{name} against {peer}"):
-                        measure_peer(lab, name, paged, peer, prepare(lab, paged), reference, tokens_per_s[short])
+                        measure_peer(lab, name, paged, peer, prepare(lab, paged), done.reference, tokens_per_s[short])
     for short in ("fp8", "int8"):
         if {short, "bf16"} <= tokens_per_s.keys():
             goal_here = GOAL_QUANTISED if goal and short == "fp8" else None

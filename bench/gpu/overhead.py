@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 
 from tierkv.kernels.batch import PagedBatch
-
-from .inputs import LLAMA, TINY, Paged
-from .lab import Lab
+from tierkv.measure.inputs import LLAMA, TINY, Paged
+from tierkv.measure.lab import Lab
 
 
 def run(lab: Lab) -> None:

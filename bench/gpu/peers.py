@@ -14,8 +14,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from .inputs import PAGE, Paged
-from .lab import Lab, Tensor
+from tierkv.measure.inputs import PAGE, Paged
+from tierkv.measure.lab import Lab, Tensor
 
 Calls = list[Callable[[], Tensor]]
 Prepare = Callable[[Lab, Paged], Calls]

@@ -5,9 +5,10 @@ from typing import Final
 import torch
 from torch.nn.attention import SDPBackend
 
+from tierkv.measure.inputs import LLAMA, TINY, Paged
+from tierkv.measure.lab import Lab
+
 from . import peers
-from .inputs import LLAMA, TINY, Paged
-from .lab import Lab
 
 GOAL: Final = 0.8
 

@@ -22,9 +22,8 @@ import torch
 from tierkv.kernels.batch import PagedBatch
 from tierkv.kernels.gpu.launch import architecture
 from tierkv.kernels.gpu.tiles import Case, Tiles, candidates, forced, rule
-
-from .inputs import LLAMA, MLA, TINY, Model, Paged
-from .lab import Lab, Tensor
+from tierkv.measure.inputs import LLAMA, MLA, TINY, Model, Paged
+from tierkv.measure.lab import Lab, Tensor
 
 # The most used first: time may run out.
 CASES: Final = [

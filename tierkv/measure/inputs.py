@@ -9,8 +9,7 @@ from typing import Final
 import torch
 
 from tierkv.kernels.batch import PagedBatch
-
-from .lab import Lab, Tensor
+from tierkv.measure.lab import Lab, Tensor
 
 PAGE: Final = 16
 
@@ -26,10 +25,12 @@ class Model:
 
     @property
     def parts(self) -> int:
+        """K and V, or one latent."""
         return 1 if self.value_dim else 2
 
     @property
     def scale(self) -> float:
+        """Of query times key."""
         return math.sqrt(1 / (192 if self.value_dim else self.dim))
 
     def token_bytes(self, dtype: torch.dtype) -> int:
@@ -66,7 +67,7 @@ class Paged:
         self.pool, self.scales = _filled(shape, dtype, lab.device)
         order = torch.randperm(num_pages, device=lab.device, dtype=torch.int32)
         tables = torch.zeros((len(lengths), max(counts)), dtype=torch.int32, device=lab.device)
-        for row, pages in zip(tables, order.split(counts), strict=True):
+        for row, pages in zip(tables, torch.split(order, counts), strict=True):
             row[: len(pages)] = pages
         self.batch = _batch(tables, lengths, self.queries)
         tokens = sum(self.queries)

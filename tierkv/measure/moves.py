@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import torch
 
-from .inputs import LLAMA, PAGE, TINY, Paged
-from .lab import Call, Lab, Tensor
+from tierkv.measure.inputs import LLAMA, PAGE, TINY, Paged
+from tierkv.measure.lab import Call, Lab, Tensor
 
 GOAL_WRITE: Final = 0.8
 GOAL_BLOCKS: Final = 0.85
@@ -17,6 +17,7 @@ SETS: Final = 4  # of inputs, in turn
 
 
 def run(lab: Lab) -> None:
+    """Measure all of them."""
     for tokens in lab.pick((8192, 64), (20,)):
         for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.int8):
             name = f"write_kv {tokens} tokens into {_short(dtype)}"
@@ -33,6 +34,7 @@ def run(lab: Lab) -> None:
 
 
 def write(lab: Lab, name: str, tokens: int, dtype: torch.dtype) -> None:
+    """New tokens into pages."""
     model = lab.pick(LLAMA, TINY)
     paged = Paged(lab, model, [tokens], queries=[tokens], dtype=dtype)
     run = lab.kernel("pages", "write_kv")
@@ -55,6 +57,7 @@ def write(lab: Lab, name: str, tokens: int, dtype: torch.dtype) -> None:
 
 
 def copy(lab: Lab, count: int) -> None:
+    """Pages to other pages."""
     model = lab.pick(LLAMA, TINY)
     layers = lab.pick(32, 2)
     shape = (2 * count, layers, 2, model.kv_heads, PAGE, model.dim)
@@ -96,6 +99,7 @@ def blocks(lab: Lab, count: int) -> None:
 
 
 def quantise(lab: Lab, name: str, group: tuple[int, int] | None, num_tiles: int) -> None:
+    """Tiles to codes and back."""
     options: dict[str, Any] = {} if group is None else {"group": group}
     label = name if group is None else f"{name} in groups of {group[0]} x {group[1]}"
     encode, decode = lab.kernel("quant", f"encode_{name}"), lab.kernel("quant", f"decode_{name}")
@@ -146,6 +150,7 @@ def exact(one: Tensor, other: Tensor) -> None:
 
 
 def relative(out: Tensor, reference: Tensor) -> float:
+    """‖out − reference‖ / ‖reference‖."""
     return float((out - reference).norm() / reference.norm())
 
 

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -27,6 +28,8 @@ WORST_ERROR = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
 class Timing(NamedTuple):
+    """Seconds of one call; whether a graph replayed it."""
+
     seconds: float
     rounds: int
     graph: bool
@@ -70,7 +73,7 @@ class Lab:
         turn(), turn()
         taken = []
         for _ in range(rounds):
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
             before.record()
             turn()
             after.record()
@@ -102,7 +105,7 @@ class Lab:
     def copy_seconds(self, num_bytes: int, sets: int) -> float:
         """Time of a contiguous copy of as many bytes, where a whole card's bandwidth is not to be had."""
         pairs = [torch.randint(0, 255, (2, num_bytes), dtype=torch.uint8, device=self.device) for _ in range(sets)]
-        return self.time([lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs]).seconds
+        return self.time([partial(target.copy_, source) for target, source in pairs]).seconds
 
     # -- truth
 
