@@ -9,8 +9,9 @@ First prefill, chunked prefill and decode may be mixed in a step:
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 Tensor = torch.Tensor
@@ -18,6 +19,16 @@ T = TypeVar("T")
 
 Span = tuple[int, int, int]
 """First token of a sequence in the step, the token past its last, and its length."""
+
+
+class Plans(Protocol):
+    """Where the plans of a step lie that is recorded as a CUDA graph, and replayed with other lengths.
+
+    Such a step has one more row of lengths and cu_seqlens than sequences, which has no tokens: items that do nothing are of it.
+    """
+
+    def place(self, make: Callable[[list[Span]], np.ndarray[Any, Any]], device: torch.device) -> Tensor:
+        """Device memory that holds what `make` (int32, always as long) says of the spans of the step that is run."""
 
 
 @dataclass(slots=True)
@@ -28,6 +39,7 @@ class PagedBatch:
     lengths: [num_seqs] int32.  cu_seqlens: [num_seqs + 1] int32.  All on the pool's device.
     spans: one per sequence, on the host: give them where they are known, reading them back waits for the device.
     scratch: reused between steps, grown on demand: a fresh gather target costs its page faults every time.
+    plans: given where the step is recorded, to be replayed; then every sequence has one token.
     """
 
     slots: Tensor
@@ -36,6 +48,7 @@ class PagedBatch:
     cu_seqlens: Tensor
     spans: list[Span] = field(default_factory=list)
     scratch: list[Tensor] = field(default_factory=list)
+    plans: Plans | None = None
     _derived: dict[Hashable, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

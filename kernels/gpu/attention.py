@@ -6,7 +6,7 @@ loaded, for what it would read may be NaN, and zero times NaN is NaN.
 """
 
 import math
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 
 from ..attention import Scoring
-from ..batch import PagedBatch
+from ..batch import PagedBatch, Plans, Span
 from .floats import SMALLEST, e4m3_decode, narrow
 from .launch import INTERPRETED, has_e4m3, num_processors
-from .plan import Plan, plan
+from .plan import MAX_SPLITS, Plan, most_items, padded, plan
 from .tiles import Case, Tiles, tiles_for
 
 Tensor = torch.Tensor
@@ -375,6 +375,8 @@ def _works(query: Tensor, pages: Tensor, batch: PagedBatch, value_dim: int, wind
     """Sequences with few query rows, and those with many, which want larger tiles."""
     kv_heads, head_dim, device = pages.shape[2], query.shape[2], query.device
     group = query.shape[0] // kv_heads
+    if batch.plans is not None:
+        return [_replayed(query, pages, batch, batch.plans, value_dim, window)]
     spans = np.asarray(batch.spans, np.int64)
     queries = spans[:, 1] - spans[:, 0]
     few = queries * group <= max(16, group)
@@ -396,6 +398,38 @@ def _works(query: Tensor, pages: Tensor, batch: PagedBatch, value_dim: int, wind
         )
         works.append(_sent(cut, tiles, kv_heads, value_dim, device))
     return works
+
+
+def _replayed(
+    query: Tensor, pages: Tensor, batch: PagedBatch, plans: Plans, value_dim: int, window: int | None
+) -> _Work:
+    """A launch of one size for whatever lengths come: its items are read anew at each replay. One token per sequence."""
+    kv_heads, device, idle = pages.shape[2], query.device, batch.lengths.shape[0] - 1
+    group = query.shape[0] // kv_heads
+    tiles = tiles_for(Case(True, query.shape[2], pages.element_size()), group=group)
+    num_tiles = idle * -(-group // tiles.rows)
+    resident = num_processors(device) * tiles.programs
+    num_items = most_items(num_tiles, kv_heads=kv_heads, resident=resident)
+
+    def make(spans: list[Span]) -> np.ndarray[Any, Any]:
+        cut = plan(
+            spans, np.arange(len(spans)),
+            group=group, kv_heads=kv_heads, window=window, tiles=tiles, resident=resident, most_items=num_items,
+        )  # fmt: skip
+        return padded(cut, sequence=idle, num_items=num_items, num_merges=num_tiles)
+
+    both = plans.place(make, device)
+    rows = num_items * kv_heads * tiles.rows
+    return _Work(
+        tiles,
+        both[: num_items * 5],
+        both[num_items * 5 :],
+        torch.empty(rows * value_dim, dtype=torch.float32, device=device),
+        torch.empty(rows * 2, dtype=torch.float32, device=device),
+        num_items,
+        num_tiles,
+        min(MAX_SPLITS, num_items),
+    )
 
 
 def _sent(cut: Plan, tiles: Tiles, kv_heads: int, value_dim: int, device: torch.device) -> _Work:

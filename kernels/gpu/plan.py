@@ -11,13 +11,13 @@ soonest. Rows are (token, query head of the group) pairs, token-major: one load 
 """
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from .tiles import Tiles
 
-Array = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+Array = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
 
 MAX_SPLITS: Final = 128
 _MIN_TURNS: Final = 4
@@ -57,10 +57,12 @@ def plan(
     window: int | None,
     tiles: Tiles,
     resident: int,
+    most_items: int | None = None,
 ) -> Plan:
     """Cut the attention of `sequences` (numbers into spans) into items.
 
     group: query heads per KV head.  window: keys a query sees, itself included.  resident: programs the card runs at a time.
+    most_items: at least the number of tiles; None sets no limit.
     """
     first, last, length = np.asarray(spans, np.int64)[sequences].T
     rows = (last - first) * group
@@ -74,7 +76,7 @@ def plan(
         start = np.maximum(past + row // group + 1 - window, 0) // tiles.keys * tiles.keys
     turns = -(-(stop - start) // tiles.keys)
 
-    share = _share(turns, kv_heads=kv_heads, resident=resident)
+    share = _share(turns, kv_heads=kv_heads, resident=resident, most_items=most_items)
     splits = -(-turns // share)
     tile = np.repeat(np.arange(len(turns)), splits)  # item -> tile
     begin = start[tile] + _within(splits) * share[tile] * tiles.keys
@@ -88,7 +90,26 @@ def plan(
     return Plan(items[np.argsort(begin - end, kind="stable")], merges)
 
 
-def _share(turns: Array, *, kv_heads: int, resident: int) -> Array:
+def most_items(num_tiles: int, *, kv_heads: int, resident: int) -> int:
+    """Items that are room enough for a good cut of so many tiles, whatever their lengths.
+
+    One wave where tiles are few; up to four items each where they are many, and what `_share` tries at most.
+    """
+    wave = max(1, resident // kv_heads)
+    room = max(num_tiles, min(_WAVES * wave, max(wave, 4 * num_tiles)))
+    return -(-room // 4) * 4  # merges, which follow, begin at a multiple of 16 bytes
+
+
+def padded(cut: Plan, *, sequence: int, num_items: int, num_merges: int) -> Array:
+    """Items and merges as int32, each filled up to a fixed number with some that do nothing: `sequence` has no tokens."""
+    both = np.zeros(num_items * 5 + num_merges * 4, np.int32)
+    items, merges = both[: num_items * 5].reshape(-1, 5), both[num_items * 5 :].reshape(-1, 4)
+    items[:, 0], items[:, 4], merges[:, 0] = sequence, -1, sequence
+    items[: len(cut.items)], merges[: len(cut.merges)] = cut.items, cut.merges
+    return both
+
+
+def _share(turns: Array, *, kv_heads: int, resident: int, most_items: int | None) -> Array:
     """Turns per item of each tile: the cut after which the last program ends soonest.
 
     Tried are whole tiles, and what fills one wave of resident programs, two, and so on.
@@ -102,7 +123,8 @@ def _share(turns: Array, *, kv_heads: int, resident: int) -> Array:
         splits = -(-turns // limit)
         share = -(-turns // splits)
         cost = _makespan(share, splits, wave) + (_MERGE if splits.max() > 1 else 0.0)
-        if room > 0 and cost < least * _GAIN:
+        fits = most_items is None or int(splits.sum()) <= most_items
+        if room > 0 and fits and cost < least * _GAIN:
             best, least = share, cost
     return best
 

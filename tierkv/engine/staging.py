@@ -1,0 +1,116 @@
+"""Arrays of a step in one piece of memory: written on the host, and on the device by one copy that nobody waits for."""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import cycle
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+
+Array = np.ndarray[Any, Any]
+Field = tuple[str, tuple[int, ...]]
+"""Type, as numpy and torch call it, and shape of one array."""
+
+_ALIGNED: Final = 16  # bytes; Triton compiles a kernel again for a pointer that is not
+_LEAST: Final = 1 << 16
+_RING: Final = 3  # steps whose arrays the host may have written before the device has read the first of them
+_MOST_VIEWS: Final = 32
+
+
+class Laid(NamedTuple):
+    """The same arrays twice: where the host writes, and where the device reads after `send`. On a CPU they are one."""
+
+    host: tuple[Array, ...]
+    device: tuple[torch.Tensor, ...]
+
+
+class Staging:
+    """Memory for one step after the other. One thread; copies are queued on torch's current stream.
+
+    The device has one piece: a copy into it waits, in its stream, for the step before. The host has a ring of pinned pieces,
+    and takes one again once the copy out of it has been made. That is so without a wait after a step whose sampled tokens
+    were read; a row of prefill chunks, of which nothing is read, ends up waiting for the chunk three before.
+    """
+
+    def __init__(self, device: torch.device, *, num_bytes: int = _LEAST) -> None:
+        self._device = device
+        self._grow(num_bytes)
+
+    def lay(self, fields: Sequence[Field]) -> Laid:
+        """Arrays for the next step, in order, holding whatever they hold; earlier ones are not to be written any more.
+
+        The offset of a field follows from the fields before it: where those are the same, so is its address on the device.
+        """
+        num_bytes = self.num_bytes(fields)
+        if num_bytes > len(self._target):
+            self._grow(1 << (num_bytes - 1).bit_length())
+        piece = self._piece = next(self._ring)
+        piece.wait()
+        piece.used = num_bytes
+        key = tuple(fields)
+        laid = piece.views.get(key)
+        if laid is None:
+            if len(piece.views) == _MOST_VIEWS:
+                piece.views.clear()
+            laid = piece.views[key] = Laid(
+                tuple(view.numpy() for view in _views(piece.bytes, fields)), tuple(_views(self._target, fields))
+            )
+        return laid
+
+    @staticmethod
+    def num_bytes(fields: Sequence[Field]) -> int:
+        """Memory that these take."""
+        return sum(aligned(_size(field)) for field in fields)
+
+    def send(self) -> None:
+        """Copy what was laid last to the device."""
+        piece = self._piece
+        if piece.copied is not None:
+            self._target[: piece.used].copy_(piece.bytes[: piece.used], non_blocking=True)
+            piece.copied.record(torch.cuda.current_stream(self._device))
+
+    def _grow(self, num_bytes: int) -> None:
+        if self._device.type == "cuda":
+            self._target = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+            pieces = [
+                _Piece(
+                    torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True),
+                    torch.cuda.Event(blocking=True),  # type: ignore[no-untyped-call]  # torch's
+                )
+                for _ in range(_RING)
+            ]
+        else:
+            self._target = torch.empty(num_bytes, dtype=torch.uint8)
+            pieces = [_Piece(self._target, None)]
+        self._ring = cycle(pieces)
+
+
+def aligned(num_bytes: int) -> int:
+    """Bytes up to where the next array may begin."""
+    return -(-num_bytes // _ALIGNED) * _ALIGNED
+
+
+def _size(field: Field) -> int:
+    return math.prod(field[1]) * np.dtype(field[0]).itemsize
+
+
+def _views(memory: torch.Tensor, fields: Sequence[Field]) -> Iterator[torch.Tensor]:
+    at = 0
+    for kind, shape in fields:
+        size = _size((kind, shape))
+        yield memory[at : at + size].view(getattr(torch, kind)).view(shape)
+        at += aligned(size)
+
+
+class _Piece:
+    """Memory of the host; `copied` is the event of the copy out of it, None where the device reads it in place."""
+
+    def __init__(self, memory: torch.Tensor, copied: "torch.cuda.Event | None") -> None:
+        self.bytes, self.copied = memory, copied
+        self.views: dict[tuple[Field, ...], Laid] = {}
+        self.used = 0
+
+    def wait(self) -> None:
+        if self.copied is not None:
+            self.copied.synchronize()  # returns at once for an event that was never recorded
