@@ -19,7 +19,7 @@ class Slab:
     """Places of host memory, registered piece by piece; what lies between blocks is filled and must stay."""
 
     def __init__(self, cuda: FakeCuda, *, num_places: int, block_bytes: int, stride: int, piece_places: int) -> None:
-        self.stride, self.piece_places = stride, piece_places
+        self.stride, self.piece_places, self.pinned = stride, piece_places, True
         self.rows: Any = np.full((num_places, stride), 0xEE, np.uint8)
         for first in range(0, num_places, piece_places):
             piece = self.rows[first : first + piece_places]

@@ -140,7 +140,9 @@ def test_scattered_pages_go_in_a_batch_where_that_was_faster() -> None:
     cuda.calls.clear()
     pool.copy_out([0, 2, 4], host, [0, 2, 4], after=pool.mark())
     pool.copy_out([5], host, [5], after=pool.mark())
-    assert cuda.calls == [("batch", [SIZE] * 3), ("each", [SIZE])]
+    host.pinned = False  # not yet
+    pool.copy_in(host, [0, 2], [0, 2], after=pool.mark())
+    assert cuda.calls == [("batch", [SIZE] * 3), ("each", [SIZE]), ("each", [SIZE] * 2)]
 
 
 def test_nothing_to_copy_is_no_work(cuda: FakeCuda) -> None:

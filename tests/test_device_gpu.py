@@ -40,7 +40,7 @@ class PinnedSlab:
     """Places of host memory, registered five at a time."""
 
     def __init__(self, cuda: Cuda, block_bytes: int) -> None:
-        self.stride, self.piece_places = block_bytes, PIECE
+        self.stride, self.piece_places, self.pinned = block_bytes, PIECE, True
         self.memory = mmap.mmap(-1, PLACES * block_bytes)
         self.rows: Any = np.frombuffer(self.memory, np.uint8).reshape(PLACES, block_bytes)
         self.pieces = [self.rows[first : first + PIECE] for first in range(0, PLACES, PIECE)]

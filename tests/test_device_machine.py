@@ -311,6 +311,8 @@ class CudaStoreMachine(StoreMachine):
         pool = cuda_pool(self.cuda, layout=TINY, num_pages=self.store.places.device.num_places)
         pool.batches = self.batches
         self.store.places = replace(self.store.places, device=pool)
+        for _ in self.store.places.host.pin(self.cuda.host_register, self.cuda.host_unregister):
+            pass
         self.parts.page = lambda number: Page(self.cuda, pool, number)  # type: ignore[method-assign,assignment,return-value]
 
     @rule(count=st.integers(1, 20))
@@ -330,6 +332,7 @@ class CudaStoreMachine(StoreMachine):
         if hasattr(self, "cuda"):
             super().teardown()
             self.cuda.run_all()
+            assert not self.cuda.pinned, "host memory is pinned after its slab was closed"
 
 
 CudaStoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
@@ -356,14 +359,14 @@ def load_waits_for_no_mark(self: CudaPagePool, *args: Any, after: object, **opti
     COPY_IN(self, *args, after=passed(self.cuda), **options)
 
 
-def returns_before_its_event(self: CudaPagePool, copies: Any, after: Any) -> None:
+def returns_before_its_event(self: CudaPagePool, copies: Any, after: Any, *, batch: bool) -> None:
     with self._stream() as stream:
         self.cuda.wait(stream, after)
         self.cuda.copy(stream, copies)
         self.cuda.record(stream)
 
 
-def event_comes_before_the_copies(self: CudaPagePool, copies: Any, after: Any) -> None:
+def event_comes_before_the_copies(self: CudaPagePool, copies: Any, after: Any, *, batch: bool) -> None:
     with self._stream() as stream:
         self.cuda.wait(stream, after)
         event = self.cuda.record(stream)
@@ -371,7 +374,7 @@ def event_comes_before_the_copies(self: CudaPagePool, copies: Any, after: Any) -
         event.wait()
 
 
-def threads_share_an_event(self: Any, copies: Any, after: Any) -> None:
+def threads_share_an_event(self: Any, copies: Any, after: Any, *, batch: bool) -> None:
     with self._stream() as stream:
         self.cuda.wait(stream, after)
         self.cuda.copy(stream, copies)
@@ -398,7 +401,7 @@ def span_is_forgotten_on_the_host(
         yield copy._replace(target=copy.target - lo) if out else copy._replace(source=copy.source - lo)
 
 
-def a_refused_copy_leaves_others_under_way(self: CudaPagePool, copies: Any, after: Any) -> None:
+def a_refused_copy_leaves_others_under_way(self: CudaPagePool, copies: Any, after: Any, *, batch: bool) -> None:
     with self._stream() as stream:
         self.cuda.wait(stream, after)
         self.cuda.copy(stream, copies)

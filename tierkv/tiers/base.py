@@ -105,3 +105,7 @@ class Staging(Protocol):
     stride: int
     piece_places: int
     """Places that are registered with CUDA together, from each multiple of it on; one copy must not cross a multiple."""
+
+    @property
+    def pinned(self) -> bool:
+        """Is all of it registered by now?"""

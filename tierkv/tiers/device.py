@@ -174,25 +174,28 @@ class CudaPagePool(PagePool):
         """Copy pages to places of the host."""
         if share <= 0:
             raise ValueError(f"share={share}: must be above 0, or the copy would never end")
-        copies = list(self._between(pages, host, places, span, out=True))
+        copies, batch = list(self._between(pages, host, places, span, out=True)), self.batches and host.pinned
         if share >= 1:
-            self._move(copies, after)
+            self._move(copies, after, batch=batch)
             return
         _event(after).wait()  # asleep: what the step takes is not the link's time
         for some in _pieces(copies, PACED_BYTES):
-            self._pace.run(partial(self._move, some, after), share=share)
+            self._pace.run(partial(self._move, some, after, batch=batch), share=share)
 
     def copy_in(
         self, host: Staging, places: Sequence[int], pages: Sequence[int], *, after: object, span: Span | None = None
     ) -> None:
         """Copy places of the host to pages."""
-        self._move(list(self._between(pages, host, places, span, out=False)), after)
+        # Memory that is not pinned yet is copied the old way, which CUDA stages by itself: a batch gains nothing there.
+        batch = self.batches and host.pinned
+        self._move(list(self._between(pages, host, places, span, out=False)), after, batch=batch)
 
     def copy_within(self, sources: Sequence[int], pages: Sequence[int], *, after: object) -> None:
         """Copy pages to other pages."""
         pool, size = self.pool.data_ptr(), self.block_bytes
         runs = _runs(sources, pages, piece=self.num_places)
-        self._move([Copy(pool + page * size, pool + source * size, n * size) for source, page, n in runs], after)
+        copies = [Copy(pool + page * size, pool + source * size, n * size) for source, page, n in runs]
+        self._move(copies, after, batch=False)  # of the few pages that are copied within, none needs it
 
     def _between(
         self, pages: Sequence[int], host: Staging, places: Sequence[int], span: Span | None, *, out: bool
@@ -206,14 +209,14 @@ class CudaPagePool(PagePool):
             size = count * (hi - lo)
             yield Copy(on_host, on_device, size) if out else Copy(on_device, on_host, size)
 
-    def _move(self, copies: Sequence[Copy], after: object) -> None:
+    def _move(self, copies: Sequence[Copy], after: object, *, batch: bool) -> None:
         """Queue the copies behind a mark, and wait until they are done."""
         if not copies:
             return
         with self._stream() as stream:
             try:
                 self.cuda.wait(stream, _event(after))
-                if self.batches and len(copies) > 1:
+                if batch and len(copies) > 1:
                     self.cuda.copy_batch(stream, copies)
                 else:
                     self.cuda.copy(stream, copies)
