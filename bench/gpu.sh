@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and under nine minutes: tests, then benchmarks against their limits.
-#   bash bench/gpu.sh [--out DIR] [--tune] [--rehearse] [SUITE ...]     suites: tests decode prefill moves overhead
+#   bash bench/gpu.sh [--out DIR] [--tune] [--soak 10m] [--sanitize] [--rehearse] [SUITE ...]     suites: tests decode prefill moves overhead transfers store model mixed
 # Needs torch with CUDA, triton, pytest and hypothesis; nothing is installed. PYTHON says which interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -3,6 +3,8 @@
 import json
 import os
 import subprocess
+from argparse import ArgumentTypeError, Namespace
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Final
@@ -12,6 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import bench.gpu.__main__ as command
+from bench.gpu import sanitize
 from bench.gpu.table import is_wrong, lines
 from bench.gpu.tune import write
 from tierkv.kernels.gpu.tiles import Case, Tiles
@@ -34,6 +37,7 @@ def test_every_benchmark_can_be_rehearsed_and_keeps_nothing() -> None:
     for suite in command.SUITES:
         assert f"copy on the card, at {suite}" in done.stdout
     assert "tune decode 128 x 2 bytes" in done.stdout and "FAILED" not in done.stdout
+    assert done.stdout.count("of the cold run's") == 2  # from host and disk
     assert command.TILES.read_bytes() == before
 
 
@@ -52,6 +56,58 @@ def test_a_suite_that_dies_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     result = json.loads(path.read_text(encoding="utf-8"))
     assert path.name == f"{result['machine']['date']}-h200.json"
     assert result["rows"] == [{"name": "overhead", "failure": "its process ended with 3"}]
+
+
+def asked(**given: object) -> Namespace:
+    return Namespace(**{"suites": [], "tune": False, "sanitize": False, "soak": None} | given)
+
+
+def test_all_suites_fit_into_nine_minutes() -> None:
+    boxes = command.boxes_of(asked())
+    assert list(boxes) == ["tests", *command.SUITES]
+    assert sum(boxes.values()) <= 540 and command.SECONDS < 540
+    assert boxes["mixed"] >= command.SOAK_SECONDS + command.START_SECONDS
+
+
+def test_a_suite_that_is_asked_for_has_all_the_time_there_is() -> None:
+    assert command.boxes_of(asked(suites=["model"])) == {"model": command.SECONDS}
+    assert command.boxes_of(asked(soak=600.0)) == {"mixed": 600.0 + command.START_SECONDS}
+    assert command.boxes_of(asked(suites=["decode"], sanitize=True)) == {"decode": command.SECONDS, "sanitize": 300.0}
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("10m", 600.0), ("90s", 90.0), ("10", None), ("m", None), ("", None)])
+def test_times_have_a_unit(text: str, seconds: float | None) -> None:
+    with nullcontext() if seconds else pytest.raises(ArgumentTypeError):
+        assert command.minutes(text) == seconds
+
+
+def sanitizer(folder: Path, monkeypatch: pytest.MonkeyPatch, exit_code: int) -> Lab:
+    """Rows of a run under a tool that finds what it is told to."""
+    tool = folder / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\nexit {exit_code}\n", encoding="utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    lab = Lab(rehearsing=True)
+    lab.rehearsing, lab.device = False, torch.device("cpu")
+    sanitize.run(lab)
+    return lab
+
+
+@pytest.mark.parametrize(("exit_code", "wrong"), [(sanitize.FOUND, True), (1, False)])
+def test_what_the_sanitizer_finds_is_wrong_and_what_breaks_it_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exit_code: int, wrong: bool
+) -> None:
+    lab = sanitizer(tmp_path, monkeypatch, exit_code)
+    assert [is_wrong(row) for row in lab.rows] == [wrong, wrong]
+    assert all("failure" in row for row in lab.rows)
+
+
+def test_a_clean_run_has_no_errors_and_no_tool_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [row["value"] for row in sanitizer(tmp_path, monkeypatch, 0).rows] == [0, 0]
+    monkeypatch.setenv("PATH", "")
+    lab = Lab(rehearsing=False)
+    sanitize.run(lab)
+    assert [row["absent"] for row in lab.rows] == ["it is not on PATH"]
 
 
 @pytest.mark.parametrize(("queries", "length"), [(1, 7), (3, 7), (7, 7)])

@@ -22,9 +22,10 @@ from .table import is_wrong, lines
 
 ROOT: Final = Path(__file__).parent.parent.parent
 TILES: Final = ROOT / "kernels" / "gpu" / "tiles.json"
-SECONDS: Final = 520.0  # of everything; what has not begun by then says so
+SECONDS: Final = 525.0  # of everything; what has not begun by then says so
 TUNE_SECONDS: Final = 210.0
-SOAK_SECONDS: Final = 100.0
+SOAK_SECONDS: Final = 120.0
+START_SECONDS: Final = 25.0  # of a suite, until its engine runs
 
 
 class Suite(NamedTuple):
@@ -35,13 +36,16 @@ class Suite(NamedTuple):
 
 
 SUITES: Final = {
-    "decode": Suite("bench.gpu.decode", 55),
-    "prefill": Suite("bench.gpu.prefill", 25),
-    "moves": Suite("tierkv.measure.moves", 30),
+    "decode": Suite("bench.gpu.decode", 50),
+    "prefill": Suite("bench.gpu.prefill", 20),
+    "moves": Suite("tierkv.measure.moves", 25),
     "overhead": Suite("bench.gpu.overhead", 15),
     "transfers": Suite("tierkv.measure.transfers", 25),
+    "store": Suite("bench.gpu.store", 50),
+    "model": Suite("bench.gpu.model", 100),
+    "mixed": Suite("bench.gpu.mixed", 145),  # last: it is content with less
 }
-OTHERS: Final = {"tests": 130.0, "tune": TUNE_SECONDS + 20}
+OTHERS: Final = {"tests": 110.0, "tune": TUNE_SECONDS + 20, "sanitize": 300.0}
 
 
 def main() -> int:
@@ -54,7 +58,12 @@ def main() -> int:
     parser.add_argument(
         "--rehearse", action="store_true", help="run every benchmark once on the CPU, tiny; keeps nothing"
     )
+    parser.add_argument(
+        "--soak", type=minutes, metavar="10m", help="the mixed run, that long; alone if no suite is given"
+    )
+    parser.add_argument("--sanitize", action="store_true", help="compute-sanitizer; alone if no suite is given")
     parser.add_argument("--child", type=Path, metavar="ROWS", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=SOAK_SECONDS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     unknown = set(given.suites) - {*OTHERS, *SUITES}
     if unknown:
@@ -70,11 +79,31 @@ def main() -> int:
         )
         return 3
     if given.child:
-        return child(given.suites[0], given.child, given.out)
-    boxes = {"tests": OTHERS["tests"]} | {name: suite.seconds for name, suite in SUITES.items()}
-    if given.suites:
-        boxes = dict.fromkeys(given.suites, SECONDS)
-    return everything({"tune": OTHERS["tune"]} | boxes if given.tune else boxes, given.out.resolve())
+        return child(given.suites[0], given.child, given.out, given.seconds)
+    longer = (given.soak or 0.0) + (OTHERS["sanitize"] if given.sanitize else 0.0)
+    return everything(boxes_of(given), given.out.resolve(), soak=given.soak or SOAK_SECONDS, longer=longer)
+
+
+def minutes(text: str) -> float:
+    """Seconds of "10m" or "90s"."""
+    number, unit = text[:-1], {"s": 1, "m": 60}.get(text[-1:])
+    if unit is None or not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: give 10m or 90s")
+    return int(number) * float(unit)
+
+
+def boxes_of(given: argparse.Namespace) -> dict[str, float]:
+    """The suites that were asked for, and the seconds of each."""
+    boxes = dict.fromkeys(given.suites, SECONDS)
+    if not boxes and not given.soak and not given.sanitize:
+        boxes = {"tests": OTHERS["tests"]} | {name: suite.seconds for name, suite in SUITES.items()}
+    if given.tune:
+        boxes = {"tune": OTHERS["tune"]} | boxes
+    if given.sanitize:
+        boxes["sanitize"] = OTHERS["sanitize"]
+    if given.soak:
+        boxes["mixed"] = given.soak + START_SECONDS
+    return boxes
 
 
 def rehearse(suites: Sequence[str]) -> int:
@@ -88,41 +117,48 @@ def rehearse(suites: Sequence[str]) -> int:
         table = Path(folder) / "tiles.json"
         table.write_text(TILES.read_text(encoding="utf-8"), encoding="utf-8")
         for suite in suites:
-            run_suite(lab, suite, table=table, out=Path(folder) / "out")
+            run_suite(lab, suite, table=table, out=Path(folder) / "out", seconds=1.0)
     print("\n".join(lines(lab.rows)))
     print("a rehearsal on the CPU: the figures mean nothing")
     return 0
 
 
-def run_suite(lab: Any, suite: str, *, table: Path, out: Path) -> None:  # Any: a Lab, which imports torch
+def run_suite(
+    lab: Any, suite: str, *, table: Path, out: Path, seconds: float
+) -> None:  # Any: a Lab, which imports torch
+    """seconds: of the mixed run, which goes on for as long as one likes."""
     if suite == "tune":
         import_module("bench.gpu.tune").run(lab, table=table, out=out, seconds=TUNE_SECONDS)
         return
+    if suite == "sanitize":
+        import_module("bench.gpu.sanitize").run(lab)
+        return
     lab.add(f"copy on the card, at {suite}", lab.copy_gbps(), "GB/s")
-    import_module(SUITES[suite].module).run(lab)
+    module = import_module(SUITES[suite].module)
+    module.run(lab, seconds=seconds) if suite == "mixed" else module.run(lab)
 
 
-def child(suite: str, rows: Path, out: Path) -> int:
+def child(suite: str, rows: Path, out: Path, seconds: float) -> int:
     """One suite, in this process."""
     from tierkv.measure.lab import Lab
 
-    run_suite(Lab(rehearsing=False, sink=rows), suite, table=TILES, out=out)
+    run_suite(Lab(rehearsing=False, sink=rows), suite, table=TILES, out=out, seconds=seconds)
     return 0
 
 
-def everything(boxes: Mapping[str, float], out: Path) -> int:
-    """Suites in turn, each stopped when its box of seconds, or all time, is used up."""
-    started, passed = time.monotonic(), True
+def everything(boxes: Mapping[str, float], out: Path, *, soak: float = SOAK_SECONDS, longer: float = 0.0) -> int:
+    """Suites in turn, each stopped when its box of seconds, or all time, is used up. longer: seconds beyond the usual."""
+    started, passed, limit = time.monotonic(), True, SECONDS + longer
     with tempfile.TemporaryDirectory() as folder:
         sink = Path(folder) / "rows"
         sink.touch()
         for suite, box in boxes.items():
-            left = SECONDS - (time.monotonic() - started)
+            left = limit - (time.monotonic() - started)
             print(f"-- {suite}: {min(left, box):.0f} s of {left:.0f} left", flush=True)
             if suite == "tests":
                 passed = run_tests(min(left, box))
             else:
-                run_child(suite, sink, out, min(left, box))
+                run_child(suite, sink, out, min(left, box), soak)
         rows = [json.loads(line) for line in sink.read_text(encoding="utf-8").splitlines()]
     where = write(rows, out) if rows else "no rows"
     print("\n".join(lines(rows)))
@@ -144,8 +180,10 @@ def run_tests(seconds: float) -> bool:
         return False
 
 
-def run_child(suite: str, sink: Path, out: Path, seconds: float) -> None:
+def run_child(suite: str, sink: Path, out: Path, seconds: float, soak: float) -> None:
+    lasting = max(5.0, min(soak, seconds - START_SECONDS))
     command = [sys.executable, "-m", "bench.gpu", suite, "--child", str(sink), "--out", str(out)]
+    command += ["--seconds", str(lasting)]
     try:
         code = subprocess.run(command, cwd=ROOT, timeout=max(1.0, seconds), check=False).returncode
         failure = f"its process ended with {code}" if code else None
