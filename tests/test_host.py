@@ -10,11 +10,15 @@ from contextlib import ExitStack
 from itertools import pairwise, takewhile
 from pathlib import Path
 from threading import Event, Thread
+from threading import enumerate as enumerate_threads
 
 import numpy as np
 import pytest
 
-from tierkv.errors import ConfigError, TierError
+from tierkv.assembly import open_store
+from tierkv.config import Config, DiskConfig, HostConfig
+from tierkv.errors import ConfigError, TierError, TierKVError
+from tierkv.layout import Layout
 from tierkv.metrics import Metrics
 from tierkv.mover import LaneSpec, Mover
 from tierkv.testing import StepExecutor
@@ -278,6 +282,16 @@ def test_a_store_that_cannot_be_opened_leaves_nothing_pinned() -> None:
         assert len(driver.live) == 2
         raise TierError("no such disk")
     assert len(driver.all) == 2 and not driver.live and not steps.queue
+
+
+def test_a_store_that_a_tier_refuses_stops_touching_its_slab(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    layout = Layout(num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32", block_tokens=16)
+    config = Config(host=HostConfig(capacity=256 << 20), disk=DiskConfig(path=tmp_path / "file"))
+    before = set(enumerate_threads())
+    with pytest.raises(TierKVError):
+        open_store(config, layout=layout, model="test")
+    assert set(enumerate_threads()) <= before
 
 
 EXITS = {
