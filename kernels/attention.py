@@ -16,6 +16,7 @@ Tensor = torch.Tensor
 
 # 12 % less attention time than a chunk of 512 at once, fp32, 512 tokens before it (2-core Intel Xeon VM, 2026-11-22).
 _QUERIES: Final = 256
+_FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def paged_attention(
@@ -38,9 +39,10 @@ def paged_attention(
     squashed to ±softcap.  sinks: [num_heads], a logit each head may attend to instead of a key.  scales: as for `write_kv`.
     Returns [tokens, num_heads, head_dim], contiguous.  Raises ValueError on shapes that do not fit.
     What a query sees of quantised pages is what lies in them, its own key too: reused or computed, the result is the same.
+    On a GPU codes are multiplied with queries and weights in float16.
     """
     how = Scoring(scale, window, softcap, sinks, scales)
-    batch.once(("checked", query.shape, pages.shape, how.window), lambda: _check(query, pages, how, parts=2))
+    _checked(query, pages, batch, how, parts=2, value_dim=query.shape[2])
     if query.is_cuda:
         from .gpu import attention as gpu
 
@@ -53,7 +55,9 @@ def paged_attention(
     num_heads, num_tokens, dim = query.shape
     kv_heads = key.shape[0]
     query = query.view(kv_heads, num_heads // kv_heads, num_tokens, dim)
-    reaches = batch.once(("reaches", window), lambda: list(_plan(query, pages, batch, window)))
+    reaches = batch.once(
+        ("reaches", window, pages.shape, pages.stride(), pages.dtype), lambda: list(_plan(query, pages, batch, window))
+    )
     if len(batch.spans) == 1:
         return _attend(query, key, value, pages, reaches[0], how).reshape(num_tokens, num_heads, dim)
     out = query.new_empty(num_tokens, kv_heads, num_heads // kv_heads, dim)
@@ -83,11 +87,7 @@ def latent_attention(
     Raises ValueError on shapes that do not fit.
     """
     how = Scoring(scale, window, softcap, sinks, scales)
-    batch.once(("checked", query.shape, pages.shape, how.window), lambda: _check(query, pages, how, parts=1))
-    if not 0 < value_dim < query.shape[2]:
-        raise ValueError(
-            f"value_dim={value_dim}: must be at least 1 and less than the latents' {query.shape[2]} elements"
-        )
+    _checked(query, pages, batch, how, parts=1, value_dim=value_dim)
     if query.is_cuda:
         from .gpu import attention as gpu
 
@@ -109,9 +109,33 @@ class Scoring(NamedTuple):
     scales: Tensor | None
 
 
-def _check(query: Tensor, pages: Tensor, how: Scoring, *, parts: int) -> None:
-    """Once per batch, shape and window; a mistake here would read memory that is not KV."""
-    _, has_parts, kv_heads, _, head_dim = pages.shape
+def _checked(query: Tensor, pages: Tensor, batch: PagedBatch, how: Scoring, *, parts: int, value_dim: int) -> None:
+    """Once per batch for layers that are alike in all that is looked at."""
+    form = (_form(query), _form(pages), _form(how.scales), _form(how.sinks))
+    key = ("attention", form, how.window, how.softcap, parts, value_dim)
+    batch.once(key, lambda: _check(query, pages, batch, how, parts=parts, value_dim=value_dim))
+
+
+def _form(tensor: Tensor | None) -> object:
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def _check(query: Tensor, pages: Tensor, batch: PagedBatch, how: Scoring, *, parts: int, value_dim: int) -> None:
+    """A mistake here would read memory that is not KV."""
+    _, has_parts, kv_heads, block_tokens, head_dim = pages.shape
+    if query.dtype not in _FLOATS:
+        raise ValueError(f"query of {query.dtype}: expected {', '.join(map(str, _FLOATS))}")
+    num_tokens, longest = (
+        max((last for _, last, _ in batch.spans), default=0),
+        max((n for _, _, n in batch.spans), default=0),
+    )
+    if query.shape[1] < num_tokens or batch.tables.shape[1] * block_tokens < longest:
+        raise ValueError(
+            f"query of {query.shape[1]} tokens, tables of {batch.tables.shape[1]} pages of {block_tokens} tokens: the batch has "
+            f"{num_tokens} tokens, and a sequence of {longest}"
+        )
+    if not 0 < value_dim <= head_dim - (parts == 1):
+        raise ValueError(f"value_dim={value_dim}: must be at least 1 and less than the latents' {head_dim} elements")
     if has_parts != parts or (parts == 1 and kv_heads != 1):
         raise ValueError(f"pages {list(pages.shape)}: expected parts={parts}" + ", one KV head" * (parts == 1))
     if query.shape[2] != head_dim or query.shape[0] % kv_heads:
@@ -128,6 +152,8 @@ def _check(query: Tensor, pages: Tensor, how: Scoring, *, parts: int) -> None:
         raise ValueError(
             f"scales {list(how.scales.shape)}: expected {list(pages.shape[:-1])}, expanded where they repeat"
         )
+    if how.scales is not None and how.scales.dtype != torch.float32:
+        raise ValueError(f"scales of {how.scales.dtype}: expected torch.float32")
     if how.sinks is not None and how.sinks.shape != query.shape[:1]:
         raise ValueError(f"sinks {list(how.sinks.shape)}: expected one per head, [{query.shape[0]}]")
     if how.window is not None and how.window < 1:

@@ -52,6 +52,17 @@ class PagedBatch:
     _derived: dict[Hashable, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, dtype in (
+            ("slots", torch.int64),
+            ("tables", torch.int32),
+            ("lengths", torch.int32),
+            ("cu_seqlens", torch.int32),
+        ):
+            given = getattr(self, name)
+            if given.dtype != dtype or given.stride(-1) != 1:  # kernels take both for granted
+                raise ValueError(
+                    f"{name}: {given.dtype} of strides {list(given.stride())}; expected {dtype}, neighbours adjacent"
+                )
         if not self.spans:
             bounds = self.cu_seqlens.tolist()
             self.spans = list(zip(bounds[:-1], bounds[1:], self.lengths.tolist(), strict=True))

@@ -7,6 +7,7 @@ import torch
 
 from tests.attention_cases import MIXES, OPTIONS, AttentionCase
 from tierkv.kernels.attention import latent_attention, paged_attention
+from tierkv.kernels.batch import PagedBatch
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
@@ -63,15 +64,57 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "sinks": ({"sinks": torch.ones(2)}, r"sinks \[2\]: expected one per head, \[6\]"),
     "window": ({"window": 0}, "window=0: a query sees at least itself"),
     "softcap": ({"softcap": 0.0}, "softcap=0.0: must be above 0"),
+    "query dtype": (
+        {"query": torch.ones(6, 5, 8, dtype=torch.float64)},
+        "query of torch.float64: expected torch.float32",
+    ),
+    "query strides": ({"query": torch.ones(6, 5, 16)[..., ::2]}, "queries contiguous rows"),
+    "query tokens": ({"query": torch.ones(6, 4, 8)}, "query of 4 tokens.*the batch has 5 tokens"),
+    "scales dtype": ({"scales": torch.ones(9, 2, 2, 4, dtype=torch.float64)}, "scales of torch.float64: expected"),
 }
 
 
 @pytest.mark.parametrize(("given", "message"), WRONG.values(), ids=list(WRONG))
 def test_what_does_not_fit_is_refused(given: dict[str, Any], message: str) -> None:
     case = AttentionCase([0], [5])
-    query, pages = given.pop("query", case.query), given.pop("pages", case.pages)
+    given = {"query": case.query, "pages": torch.ones(9, 2, 2, 4, 8), "scale": 1.0} | given
+    batch, keys = case.batch(), (case.fresh_states(0), case.fresh_states(1))
+    # A layer before it that fits, of the same batch: every layer is looked at, not the first alone.
+    paged_attention(case.query, *keys, torch.ones(9, 2, 2, 4, 8), batch, scale=1.0)
     with pytest.raises(ValueError, match=message):
-        paged_attention(query, case.fresh_states(0), case.fresh_states(1), pages, case.batch(), scale=1.0, **given)
+        paged_attention(given.pop("query"), *keys, given.pop("pages"), batch, **given)
+
+
+def test_a_table_too_narrow_for_its_sequence_is_refused() -> None:
+    case = AttentionCase([9], [1])
+    batch = case.batch()
+    batch.tables = batch.tables[:, :2]
+    with pytest.raises(ValueError, match="tables of 2 pages of 4 tokens: the batch has 1 tokens, and a sequence of 10"):
+        paged_attention(case.query, case.fresh_states(0), case.fresh_states(1), case.pages, batch, scale=1.0)
+
+
+@pytest.mark.parametrize("name", ["slots", "tables", "lengths", "cu_seqlens"])
+def test_a_batch_whose_numbers_are_not_adjacent_or_of_another_dtype_is_refused(name: str) -> None:
+    good = AttentionCase([9, 4, 2], [1, 1, 1]).batch()
+    numbers = {key: getattr(good, key) for key in ("slots", "tables", "lengths", "cu_seqlens")}
+    wide = torch.stack((numbers[name], numbers[name]), dim=-1)[..., 0]
+    for wrong in (wide, numbers[name].double()):
+        with pytest.raises(ValueError, match=f"{name}: .*expected torch.int"):
+            PagedBatch(**(numbers | {name: wrong}))
+
+
+def test_layers_of_a_batch_may_differ_in_strides() -> None:
+    case = AttentionCase([9, 0], [1, 6])
+    batch, keys = case.batch(), (case.fresh_states(0), case.fresh_states(1))
+    for pages in (case.pages.contiguous(), case.pages):
+        out = paged_attention(case.query, *keys, pages, batch, **case.options)
+        torch.testing.assert_close(out.double(), case.dense(), atol=2e-6, rtol=1e-5)
+
+
+def test_latents_of_several_heads_are_refused() -> None:
+    case = AttentionCase([0], [5])
+    with pytest.raises(ValueError, match="expected parts=1, one KV head"):
+        latent_attention(case.query, torch.ones(9, 1, 2, 4, 8), case.batch(), value_dim=4, scale=1.0)
 
 
 def test_latents_without_a_tail_are_refused() -> None:

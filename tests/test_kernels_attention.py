@@ -1,6 +1,7 @@
 """The Triton attention kernels against the torch reference and dense attention in float64."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.attention_cases import LAYER, MIXES, OPTIONS, AttentionCase
 from tests.kernel_cases import kernel, on_each_device
+from tierkv.kernels.batch import PagedBatch
 from tierkv.kernels.gpu import plan
 from tierkv.kernels.gpu.tiles import Tiles, forced
 
@@ -156,6 +158,119 @@ def test_a_plan_for_longer_sequences_serves_shorter_ones(device: str, monkeypatc
     monkeypatch.setattr(plan, "_MIN_TURNS", 1)
     monkeypatch.setattr(attention, "plan", longer)
     check(AttentionCase([70, 3], [1, 1]), device)
+
+
+@on_each_device
+@pytest.mark.parametrize("window", [16, 31, 32, 33, 48])
+@pytest.mark.parametrize("past", [30, 31, 32, 47, 63, 64, 65])
+def test_window_edges_about_the_edges_of_tiles(past: int, window: int, device: str) -> None:
+    check(AttentionCase([past], [3], num_heads=2, window=window), device)
+
+
+@on_each_device
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_sinks_far_above_all_scores(split: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most that is taken off before the power has to see the sink too, or that overflows."""
+    monkeypatch.setattr(plan, "_MIN_TURNS", 1 if split else 1000)
+    case = AttentionCase([200], [1], has_sinks=True)
+    assert case.sinks is not None
+    case.sinks = torch.tensor([200.0, 120.0, 3.0, 0.0, -100.0, 90.0])
+    check(case, device)
+
+
+@on_each_device
+def test_large_softcaps_do_not_lose_digits(device: str) -> None:
+    check(AttentionCase([40], [2], softcap=1e5), device)
+
+
+@on_each_device
+def test_a_turn_of_zeros_does_not_make_the_rest_nan(device: str) -> None:
+    case = AttentionCase([40], [1], codes=torch.int8)
+    assert case.scales is not None
+    first = case.tables[0][:4]  # 16 tokens: all of a turn
+    case.scales[first] = 0.0
+    case.states = [states.clone() for states in case.states]
+    case.states[0][:, :, :16] = 0.0
+    check(case, device, tolerance=codes_tolerance(device, case.codes))
+
+
+@on_each_device
+@pytest.mark.parametrize("codes", ["int8", "fp8"])
+def test_queries_beyond_float16_meet_codes(codes: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in float16, as on a GPU: the query, its tail too, is brought where float16 is precise."""
+    if device == "cpu":
+        import triton.language as tl
+
+        from tierkv.kernels.gpu import attention
+
+        monkeypatch.setattr(attention, "_compute", lambda query, codes: tl.float16)
+    for size in (1e-9, 1e6):
+        case = AttentionCase([0, 37], [3, 1], num_heads=4, kv_heads=1, head_dim=24, value_dim=16, codes=CODES[codes])
+        case.query[..., :16] *= 1e-3
+        case.query *= size  # the tail decides how the rest is scaled
+        case.query /= max(1.0, size)
+        case.query[..., 16:] *= max(1.0, size)
+        check(case, device, tolerance=2e-3)
+
+
+@on_each_device
+def test_layers_of_other_windows_and_shapes_in_one_batch(device: str) -> None:
+    case, batch = AttentionCase([37, 0], [1, 9]), None
+    attention = kernel("attention", "paged_attention", device)
+    batch = case.batch(device)
+    pages = case.pool.to(device)[:, LAYER]
+    for window, heads in ((7, 6), (None, 6), (None, 2), (20, 4)):
+        query = case.query[:heads].contiguous()
+        part = AttentionCase([37, 0], [1, 9])
+        part.query, part.num_heads, part.window = query, heads, window
+        options = part.options
+        out = (
+            attention(query.to(device), None, None, pages, batch, **options)
+            if device == "cpu"
+            else attention(query.to(device), query.to(device), query.to(device), pages, batch, **options)
+        )
+        expected = part.dense()
+        assert (out.cpu().double() - expected).norm() / expected.norm() < 3e-6
+
+
+@on_each_device
+def test_nothing_to_do_is_done(device: str) -> None:
+    empty = PagedBatch(
+        torch.zeros(0, dtype=torch.int64, device=device),
+        torch.zeros((0, 1), dtype=torch.int32, device=device),
+        torch.zeros(0, dtype=torch.int32, device=device),
+        torch.zeros(1, dtype=torch.int32, device=device),
+    )
+    nothing = torch.zeros((6, 0, 8), device=device)
+    out = kernel("attention", "paged_attention", device)(
+        nothing, nothing, nothing, torch.zeros((3, 2, 2, 4, 8), device=device), empty, scale=1.0
+    )
+    assert out.shape == (0, 6, 8)
+
+
+@on_each_device
+def test_pages_beyond_two_to_the_31st_element(device: str, tmp_path: Path) -> None:
+    """In a sparse file, for memory that is never touched; on a GPU in a pool that large."""
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("less than 12 GiB of device memory are free")
+    num_pages, shape = (1 << 31) // (2 * 2 * 4 * 16) + 8, (2, 2, 4, 16)
+    if device == "cpu":
+        with (tmp_path / "pool").open("wb") as file:
+            file.truncate(num_pages * 256 * 2)
+        flat = torch.from_file(str(tmp_path / "pool"), shared=True, size=num_pages * 256, dtype=torch.float16)
+        pages = flat.view(num_pages, *shape)
+    else:
+        pages = torch.zeros((num_pages, *shape), dtype=torch.float16, device=device)
+    case = AttentionCase([9], [1], num_heads=4, head_dim=16, dtype=torch.float16)
+    far = [num_pages - 1, 3, num_pages - 2]
+    for page, old in zip(far, case.tables[0], strict=True):
+        pages[page] = case.pages[old].nan_to_num().to(device)
+    batch = case.batch(device)
+    batch.tables = torch.tensor([far], dtype=torch.int32, device=device)
+    query = case.query.to(device)
+    out = kernel("attention", "paged_attention", device)(query, query, query, pages, batch, **case.options)
+    expected = case.dense()
+    assert (out.cpu().double() - expected).norm() / expected.norm() < 1e-3
 
 
 @on_each_device

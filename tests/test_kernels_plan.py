@@ -91,3 +91,8 @@ def test_the_card_is_busy_to_the_end(pasts: list[int], least: float) -> None:
 
 def test_a_card_with_enough_to_do_splits_nothing() -> None:
     assert make([4_095] * 1_320, [1] * 1_320).num_slots == 0
+
+
+def test_no_sequence_is_cut_into_more_than_one_merge_can_hold() -> None:
+    made = make([4_000_000], [1], resident=10_000)
+    assert made.most_slots == MAX_SPLITS

@@ -23,7 +23,6 @@ from .tiles import Case, Tiles, tiles_for
 Tensor = torch.Tensor
 
 _LOG2E = tl.constexpr(math.log2(math.e))
-# The interpreter's dot multiplies the bit patterns of bfloat16 (triton 3.7.1); float32 is exact there.
 _CODES: Final = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}
 _COMPUTE: Final = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -52,6 +51,14 @@ def _tile(
     elif CODES == "int8":
         raw = _half_of_int8(raw)
     return raw.to(COMPUTE)
+
+
+@triton.jit
+def _tanh(x):
+    """Through a power of two, and near zero, where that cancels, through its series; 4e-7 relative."""
+    square = x * x
+    series = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+    return tl.where(square < 0.0625, series, 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * _LOG2E))))
 
 
 @triton.jit
@@ -94,8 +101,8 @@ def _turn(
         scale_rows = page * scale_page_stride + (at % BLOCK_TOKENS) * scale_token_stride
         scores *= _per_key(scales + scale_rows, seen)[None, :]
     scores *= factor
-    if CAP:  # cap * tanh, where factor holds 2 / cap, and both the change of base
-        scores = cap * (1.0 - 2.0 / (1.0 + tl.exp2(scores)))
+    if CAP:  # cap * tanh(scores), and cap holds the change of base
+        scores = cap * _tanh(scores)
     if MASKED:
         visible = seen[None, :] & (at[None, :] <= place[:, None])
         if WINDOW:
@@ -116,7 +123,11 @@ def _turn(
     return peak, total, acc
 
 
-@triton.jit
+# Few builds: what differs from step to step, or from layer to layer, must not compile the kernel again.
+@triton.jit(
+    do_not_specialize=["table_stride", "window"],
+    do_not_specialize_on_alignment=["items", "scales", "sinks", "partial", "stats"],
+)
 def _attend(
     query, out, pages, tables, lengths, cu_seqlens, items, partial, stats, scales, sinks,
     query_head_stride, query_token_stride, table_stride, page_stride, part_stride, head_stride,
@@ -214,7 +225,7 @@ def _attend(
         tl.store(out + out_row[:, None] * VALUE_DIM + columns[None, :], result, mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["merges", "sinks", "partial", "stats"])
 def _merge(
     out, cu_seqlens, merges, partial, stats, sinks,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, ROWS: tl.constexpr, VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr,
@@ -337,20 +348,19 @@ def _run(query: Tensor, pages: Tensor, batch: PagedBatch, value_dim: int, how: S
             **shape, num_warps=work.tiles.warps, num_stages=work.tiles.stages,
         )  # fmt: skip
         if work.num_merges:
-            slots = triton.next_power_of_2(work.most_slots)
             _merge[(work.num_merges * rows, kv_heads)](
                 out, batch.cu_seqlens, work.merges, work.partial, work.stats, how.sinks,
-                ROWS=rows, SLOTS=slots, STEP=min(16, slots), **shape, num_warps=4,
+                ROWS=rows, SLOTS=MAX_SPLITS, STEP=16, **shape, num_warps=4,
             )  # fmt: skip
     return out
 
 
 def _factors(how: Scoring) -> tuple[float, float]:
-    """What scores are multiplied with, and the cap; in powers of two, where cap * tanh(x / cap) needs e ** (2 * x / cap)."""
+    """What scores are multiplied with, and the cap; the softmax is in powers of two."""
     log2e = float(_LOG2E.value)
     if how.softcap is None:
         return how.scale * log2e, 0.0
-    return how.scale * log2e * 2 / how.softcap, how.softcap * log2e
+    return how.scale / how.softcap, how.softcap * log2e
 
 
 def _strides(scales: Tensor | None) -> tuple[int, ...]:
@@ -362,7 +372,7 @@ def _strides(scales: Tensor | None) -> tuple[int, ...]:
 
 def _compute(query: Tensor, codes: str) -> object:
     """What the tensor cores multiply."""
-    if INTERPRETED:
+    if INTERPRETED:  # whose dot multiplies the bit patterns of bfloat16 (triton 3.7.1)
         return tl.float32
     return tl.float16 if codes != "none" else _COMPUTE[query.dtype]
 
@@ -377,7 +387,7 @@ def _works(query: Tensor, pages: Tensor, batch: PagedBatch, value_dim: int, wind
     group = query.shape[0] // kv_heads
     if batch.plans is not None:
         return [_replayed(query, pages, batch, batch.plans, value_dim, window)]
-    spans = np.asarray(batch.spans, np.int64)
+    spans = np.asarray(batch.spans, np.int64).reshape(-1, 3)
     queries = spans[:, 1] - spans[:, 0]
     few = queries * group <= max(16, group)
     works = []

@@ -11,11 +11,13 @@ INTERPRETED: Final[bool] = bool(triton.knobs.runtime.interpret)
 """TRITON_INTERPRET=1: kernels run as Python on CPU tensors. Fixed when a kernel's module is first imported."""
 
 
-@functools.cache
 def architecture() -> int:
-    """90 for compute capability 9.0; 0 where Triton interprets or the card is not NVIDIA's."""
-    if INTERPRETED:
-        return 0
+    """Of the current device: 90 for compute capability 9.0; 0 where Triton interprets or the card is not NVIDIA's."""
+    return 0 if INTERPRETED else _architecture(driver.active.get_current_device())
+
+
+@functools.cache
+def _architecture(device: int) -> int:
     arch = driver.active.get_current_target().arch
     return arch if isinstance(arch, int) else 0
 
