@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -90,7 +90,8 @@ class Recorder(FakeCuda):
         super().__init__(Random(1).randrange)
         self.calls: list[tuple[str, list[int]]] = []
 
-    def copy(self, stream: FakeStream, copies: Sequence[Copy]) -> None:
+    def copy(self, stream: FakeStream, copies: Iterable[Copy]) -> None:
+        copies = list(copies)
         self.calls.append(("each", [copy.size for copy in copies]))
         super().copy(stream, copies)
 
@@ -138,16 +139,27 @@ def test_scattered_pages_go_in_a_batch_where_that_was_faster() -> None:
     pool, host = cuda_pool(cuda), slab(cuda)
     pool.batches = True
     cuda.calls.clear()
-    pool.copy_out([0, 2, 4], host, [0, 2, 4], after=pool.mark())
-    pool.copy_out([5], host, [5], after=pool.mark())
+    pages, places = [7, 6, 5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5, 6, 7]
+    pool.copy_out(pages, host, places, after=pool.mark())
+    assert cuda.calls == [
+        ("each", [SIZE] * 4),
+        ("batch", [SIZE] * 4),
+    ]  # the device has work while the batch is prepared
+    cuda.calls.clear()
+    pool.lead = 1
+    pool.copy_out([5, 3], host, [5, 3], after=pool.mark())
+    assert cuda.calls == [("each", [SIZE]), ("each", [SIZE])]
+    cuda.calls.clear()
     host.pinned = False  # not yet
-    pool.copy_in(host, [0, 2], [0, 2], after=pool.mark())
-    assert cuda.calls == [("batch", [SIZE] * 3), ("each", [SIZE]), ("each", [SIZE] * 2)]
+    pool.copy_in(host, places, pages, after=pool.mark())
+    assert cuda.calls == [("each", [SIZE] * 8)]
 
 
 def test_nothing_to_copy_is_no_work(cuda: FakeCuda) -> None:
     pool, streams = cuda_pool(cuda), len(cuda.streams)
     pool.copy_out([], slab(cuda), [], after=pool.mark())
+    pool.copy_in(slab(cuda), [], [], after=pool.mark())
+    pool.copy_within([], [], after=pool.mark())
     assert len(cuda.streams) == streams
 
 
@@ -208,7 +220,8 @@ class Link(FakeCuda):
         super().__init__(Random(2).randrange)
         self.clock = clock
 
-    def copy(self, stream: FakeStream, copies: Sequence[Copy]) -> None:
+    def copy(self, stream: FakeStream, copies: Iterable[Copy]) -> None:
+        copies = list(copies)
         self.clock.advance(sum(copy.size for copy in copies) / SIZE)
         super().copy(stream, copies)
 
@@ -269,7 +282,7 @@ class Timed(FakeCuda):
         self.clock, self.each_s, self.batch_s = clock, each_s, batch_s
         self.measured = 0
 
-    def copy(self, stream: FakeStream, copies: Sequence[Copy]) -> None:
+    def copy(self, stream: FakeStream, copies: Iterable[Copy]) -> None:
         self.measured += 1
         self.clock.advance(self.each_s)
         super().copy(stream, copies)

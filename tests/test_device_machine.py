@@ -66,7 +66,7 @@ class DeviceMachine(RuleBasedStateMachine):
         self.random, self.clock = Random(seed), FakeClock()
         self.cuda = FakeCuda(self.random.randrange)
         self.pool = cuda_pool(self.cuda, num_pages=PAGES, clock=self.clock, wait=self.clock.advance)
-        self.pool.batches = batches
+        self.pool.batches, self.pool.lead = batches, seed % 3
         self.slab = Slab(self.cuda, num_places=PLACES, block_bytes=SIZE, stride=SIZE + 64 * padded, piece_places=piece)
         self.spans = [(at, at + SIZE // groups) for at in range(0, SIZE, SIZE // groups)] if groups > 1 else [None]
         self.jobs: list[Job] = []
@@ -309,7 +309,7 @@ class CudaStoreMachine(StoreMachine):
         """Put the fake device under the store, before its first request."""
         self.cuda = FakeCuda(Random(self.seed).randrange)
         pool = cuda_pool(self.cuda, layout=TINY, num_pages=self.store.places.device.num_places)
-        pool.batches = self.batches
+        pool.batches, pool.lead = self.batches, self.seed % 3
         self.store.places = replace(self.store.places, device=pool)
         for _ in self.store.places.host.pin(self.cuda.host_register, self.cuda.host_unregister):
             pass

@@ -2,7 +2,7 @@
 
 A suite is a class of pytest tests with hooks: subclass it in a test file, name the subclass `Test…`, fill in the hooks.
 Shipped, so that tiers, policies and codecs of others can be held to it. What is particular to one implementation stays in
-that one's tests.
+that one's tests. A CUDA device without one is in `tierkv.testing.cuda`, which alone needs torch.
 """
 
 from tierkv.testing.contracts import CodecContract, PolicyContract, floats

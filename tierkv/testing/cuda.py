@@ -15,7 +15,7 @@ new, for some seed.
 
 import ctypes
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -189,7 +189,7 @@ class FakeCuda:
         assert isinstance(event, FakeEvent), "events of this device alone"
         stream.queue.append(_Wait(event.recorded))
 
-    def copy(self, stream: FakeStream, copies: Sequence[Copy]) -> None:
+    def copy(self, stream: FakeStream, copies: Iterable[Copy]) -> None:
         """As the interface says."""
         for copy in copies:
             self.other_threads()

@@ -12,9 +12,10 @@ called may announce the bytes and give page and place to others. The compute str
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock
@@ -114,9 +115,12 @@ class CudaPagePool(PagePool):
     A call has its stream to itself: one that waits for a mark far behind holds up no other, and both directions run together.
     Streams are kept for the next call, so there are as many as threads have called at once.
 
+    lead: copies that go one by one before a batch, for the device to work on while the others are prepared.
     calibration: the file where the way of copying is remembered; measured at every start when None.
     clock, wait: of the pauses that `share` asks for, and of the measurement.
     """
+
+    lead = 4
 
     def __init__(
         self,
@@ -174,7 +178,9 @@ class CudaPagePool(PagePool):
         """Copy pages to places of the host."""
         if share <= 0:
             raise ValueError(f"share={share}: must be above 0, or the copy would never end")
-        copies, batch = list(self._between(pages, host, places, span, out=True)), self.batches and host.pinned
+        if not pages:
+            return
+        copies, batch = self._between(pages, host, places, span, out=True), self.batches and host.pinned
         if share >= 1:
             self._move(copies, after, batch=batch)
             return
@@ -186,12 +192,16 @@ class CudaPagePool(PagePool):
         self, host: Staging, places: Sequence[int], pages: Sequence[int], *, after: object, span: Span | None = None
     ) -> None:
         """Copy places of the host to pages."""
+        if not pages:
+            return
         # Memory that is not pinned yet is copied the old way, which CUDA stages by itself: a batch gains nothing there.
         batch = self.batches and host.pinned
-        self._move(list(self._between(pages, host, places, span, out=False)), after, batch=batch)
+        self._move(self._between(pages, host, places, span, out=False), after, batch=batch)
 
     def copy_within(self, sources: Sequence[int], pages: Sequence[int], *, after: object) -> None:
         """Copy pages to other pages."""
+        if not pages:
+            return
         pool, size = self.pool.data_ptr(), self.block_bytes
         runs = _runs(sources, pages, piece=self.num_places)
         copies = [Copy(pool + page * size, pool + source * size, n * size) for source, page, n in runs]
@@ -201,25 +211,27 @@ class CudaPagePool(PagePool):
         self, pages: Sequence[int], host: Staging, places: Sequence[int], span: Span | None, *, out: bool
     ) -> Iterator[Copy]:
         """The copies for these pages and places: one for each stretch that is contiguous on both sides."""
-        lo, hi = span or (0, self.block_bytes)
-        whole = hi - lo == self.block_bytes == host.stride
+        block, stride = self.block_bytes, host.stride
+        lo, hi = span or (0, block)
+        width, whole = hi - lo, hi - lo == block == stride
         pool, slab = self.pool.data_ptr() + lo, host.rows.ctypes.data + lo
         for page, place, count in _runs(pages, places, piece=host.piece_places if whole else 1):
-            on_device, on_host = pool + page * self.block_bytes, slab + place * host.stride
-            size = count * (hi - lo)
-            yield Copy(on_host, on_device, size) if out else Copy(on_device, on_host, size)
+            on_device, on_host = pool + page * block, slab + place * stride
+            yield Copy(on_host, on_device, count * width) if out else Copy(on_device, on_host, count * width)
 
-    def _move(self, copies: Sequence[Copy], after: object, *, batch: bool) -> None:
+    def _move(self, copies: Iterable[Copy], after: object, *, batch: bool) -> None:
         """Queue the copies behind a mark, and wait until they are done."""
-        if not copies:
-            return
         with self._stream() as stream:
             try:
                 self.cuda.wait(stream, _event(after))
-                if batch and len(copies) > 1:
-                    self.cuda.copy_batch(stream, copies)
-                else:
-                    self.cuda.copy(stream, copies)
+                if batch:
+                    rest = iter(copies)
+                    self.cuda.copy(stream, islice(rest, self.lead))
+                    copies = list(rest)
+                    if len(copies) > 1:
+                        self.cuda.copy_batch(stream, copies)
+                        return
+                self.cuda.copy(stream, copies)
             finally:
                 # Also after a copy was refused: those before it are under way, to memory that others are given next.
                 self.cuda.record(stream).wait()
@@ -268,20 +280,19 @@ def _runs(pages: Sequence[int], places: Sequence[int], *, piece: int) -> Iterato
     """(page, place, length) of stretches that are consecutive on both sides and cross no multiple of `piece` places."""
     if len(pages) != len(places):
         raise ValueError(f"{len(pages)} pages for {len(places)} places: one for each")
-    start = 0
-    for at in range(1, len(pages) + 1):
-        if (
-            at < len(pages)
-            and pages[at] == pages[at - 1] + 1
-            and places[at] == places[at - 1] + 1
-            and places[at] % piece
-        ):
-            continue
-        yield pages[start], places[start], at - start
-        start = at
+    if not pages:
+        return
+    first_page, first_place, length = pages[0], places[0], 0
+    for page, place in zip(pages, places, strict=True):
+        if page == first_page + length and place == first_place + length and (place % piece or not length):
+            length += 1
+        else:
+            yield first_page, first_place, length
+            first_page, first_place, length = page, place, 1
+    yield first_page, first_place, length
 
 
-def _pieces(copies: Sequence[Copy], size: int) -> Iterator[Sequence[Copy]]:
+def _pieces(copies: Iterable[Copy], size: int) -> Iterator[Sequence[Copy]]:
     """The copies in order, some at a time, `size` bytes each but for the last; a copy that is larger is cut."""
     piece, room = list[Copy](), size
     for target, source, left in copies:

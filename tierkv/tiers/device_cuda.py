@@ -5,7 +5,7 @@ loads nothing of it; `tierkv.testing.FakeCuda` stands in for it in tests. Whatev
 miss, never a crash.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -59,8 +59,8 @@ class Cuda(Protocol):
     def wait(self, stream: Any, event: Event) -> None:
         """Let what is queued on the stream from now on wait for the event. Does not block."""
 
-    def copy(self, stream: Any, copies: Sequence[Copy]) -> None:
-        """Queue copies, one call each. When one is refused, those before it stay queued.
+    def copy(self, stream: Any, copies: Iterable[Copy]) -> None:
+        """Queue copies, one call each, as they come. When one is refused, those before it stay queued.
 
         A copy must not leave the registration (or the allocation) it begins in.
         """
@@ -173,7 +173,7 @@ class CupyCuda:
         with self.current() as runtime:
             runtime.streamWaitEvent(stream.ptr, event.event.ptr)
 
-    def copy(self, stream: Any, copies: Sequence[Copy]) -> None:
+    def copy(self, stream: Any, copies: Iterable[Copy]) -> None:
         """As the interface says."""
         with self.current() as runtime:
             for target, source, size in copies:  # which of them is the device's, CUDA sees by the address
