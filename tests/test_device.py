@@ -156,9 +156,10 @@ def test_scattered_pages_go_in_a_batch_where_that_was_faster() -> None:
 
 
 def test_nothing_to_copy_is_no_work(cuda: FakeCuda) -> None:
-    pool, streams = cuda_pool(cuda), len(cuda.streams)
-    pool.copy_out([], slab(cuda), [], after=pool.mark())
-    pool.copy_in(slab(cuda), [], [], after=pool.mark())
+    pool, host = cuda_pool(cuda), slab(cuda)
+    streams = len(cuda.streams)
+    pool.copy_out([], host, [], after=pool.mark())
+    pool.copy_in(host, [], [], after=pool.mark())
     pool.copy_within([], [], after=pool.mark())
     assert len(cuda.streams) == streams
 
