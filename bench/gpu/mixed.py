@@ -1,7 +1,7 @@
 """Many conversations at once on a store that is too small for them, for minutes: memory must not grow.
 
-Prompts that repeat and that do not, answers of several samples, requests that are given up, pages that are forgotten, saved,
-loaded and pre-empted: all at the same time. Peaks of the first third are compared with those of the whole run.
+Prompts that repeat and that do not, answers of several samples, requests that are given up, pages that are spilled, forgotten,
+loaded in layer groups and pre-empted: all at the same time. Peaks of the first third are compared with those of the whole run.
 """
 
 import random
@@ -28,7 +28,7 @@ def run(lab: Lab, *, seconds: float) -> None:
     """seconds: of serving, of which the first third may still allocate."""
     shape = lab.pick(LLAMA_1B, TINY)
     longest = lab.pick(4096, 96)
-    room = lab.pick(24, 6) * longest * shape.kv_token_bytes
+    room = lab.pick(16, 3) * longest * shape.kv_token_bytes
     with (
         lab.attempt("mixed run"),
         stored(
@@ -36,6 +36,8 @@ def run(lab: Lab, *, seconds: float) -> None:
             llama(lab, shape, torch.bfloat16),
             device_bytes=room,
             host_bytes=2 * room,
+            copy_down="spill",
+            layer_groups=2,
             max_batch_tokens=lab.pick(4096, 64),
             max_sequences=lab.pick(48, 6),
         ) as (engine, store),

@@ -101,6 +101,7 @@ def decode(lab: Lab, model: Any, shape: Shape, batches: tuple[int, ...], context
                 goal=GOAL_STEP if batch == 1 else None,
                 rounds=steps,
                 step_ms=step_s * 1e3,
+                graph=engine.stats.graph_steps > 0,
             )
 
 

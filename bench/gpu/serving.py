@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tierkv.assembly import open_store
-from tierkv.config import Config, DeviceConfig, DiskConfig, HostConfig
+from tierkv.config import Config, DeviceConfig, DiskConfig, HostConfig, TransferConfig
 from tierkv.connectors.engine import EngineConnector
 from tierkv.engine import Engine, EngineConfig, SamplingParams
 from tierkv.measure.lab import Lab
@@ -86,13 +86,22 @@ def plain(lab: Lab, model: Any, *, pool_bytes: int, **options: Any) -> Iterator[
 
 @contextmanager
 def stored(
-    lab: Lab, model: Any, *, device_bytes: int, host_bytes: int, disk: Path | None = None, **options: Any
+    lab: Lab,
+    model: Any,
+    *,
+    device_bytes: int,
+    host_bytes: int,
+    disk: Path | None = None,
+    copy_down: str = "save",
+    layer_groups: int = 1,
+    **options: Any,
 ) -> Iterator[tuple[Engine, Store]]:
     """An engine over a store with a device and a host tier, and one on disk; host memory is pinned when it begins."""
     config = Config(
         device=DeviceConfig(capacity=device_bytes),
-        host=HostConfig(capacity=host_bytes),
+        host=HostConfig(capacity=host_bytes, copy_down=copy_down),
         disk=DiskConfig(path=disk, capacity=2 * host_bytes + (64 << 20)),
+        transfer=TransferConfig(layer_groups=layer_groups),
     )
     stores: list[Store] = []
     with ExitStack() as opened:

@@ -54,8 +54,9 @@ def run(lab: Lab) -> None:
     with lab.attempt(f"{OF}, decode while spilling"):
         spilling(lab, model, shape)
     del model
-    with lab.attempt("the same bytes and tokens from the host"):
-        identity(lab, None)
+    for groups in (1, 2):
+        with lab.attempt(f"the same bytes and tokens from the host, layer groups: {groups}"):
+            identity(lab, None, layer_groups=groups)
     if find_spec("zarr"):
         with (
             lab.attempt("the same bytes and tokens from disk"),
@@ -155,7 +156,7 @@ def spill(on: Ground, count: int) -> Iterator[list[int]]:
         thread.join()
 
 
-def identity(lab: Lab, disk: Path | None) -> None:
+def identity(lab: Lab, disk: Path | None, *, layer_groups: int = 1) -> None:
     """KV after device -> host (-> disk -> host) -> device, byte for byte, and the tokens of greedy answers."""
     shape, tier = lab.pick(SMALL, TINY), "disk" if disk else "host"
     batch, length, answer = lab.pick((6, 1500, 32), (2, 40, 4))
@@ -167,6 +168,7 @@ def identity(lab: Lab, disk: Path | None) -> None:
         device_bytes=room,
         host_bytes=room,
         disk=disk,
+        layer_groups=layer_groups,
         dtype="float32",
         max_batch_tokens=lab.pick(2048, 32),
         max_sequences=batch,
@@ -185,12 +187,13 @@ def identity(lab: Lab, disk: Path | None) -> None:
         for prompt, pages in zip(given, before, strict=True):
             exact(pages_of(store, prompt)[: len(pages)], pages)
     num_blocks = sum(map(len, before))
-    lab.add(f"KV back from {tier}", num_blocks, "blocks", limit_name="equal bytes", limit=num_blocks, goal=1.0)
+    source = tier if layer_groups == 1 else f"{tier} in {layer_groups} layer groups"
+    lab.add(f"KV back from {source}", num_blocks, "blocks", limit_name="equal bytes", limit=num_blocks, goal=1.0)
     same = sum(
         a == b for one, other in zip(cold, outputs, strict=True) for a, b in zip(one, other.token_ids, strict=True)
     )
     lab.add(
-        f"greedy tokens after KV from {tier}",
+        f"greedy tokens after KV from {source}",
         same,
         "tokens",
         limit_name="the cold run's",

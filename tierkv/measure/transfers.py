@@ -49,10 +49,10 @@ class Ground:
         self.lab, self.pool, self.host = lab, pool, host
         self.block_bytes = layout.block_bytes
         self.bytes = pool.pool.view(torch.uint8).view(pool.num_places, layout.block_bytes)
-        torch.randint(0, 256, self.bytes.shape, out=self.bytes)
+        self.bytes.random_(0, 256)
         every = range(pool.num_places)
         pool.copy_out(every, host, every, after=pool.mark())
-        torch.randint(0, 256, self.bytes.shape, out=self.bytes)  # the host's are others
+        self.bytes.random_(0, 256)  # the host's are others
 
     def scattered(self, count: int) -> list[Scattered]:
         """Some sets of pages and places."""
