@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from tierkv.arrival import Arrival
+
 
 @dataclass(frozen=True, slots=True)
 class Hit:
@@ -86,6 +88,14 @@ class PagedConnector(Connector):
     @abstractmethod
     def free(self, pages: Sequence[int]) -> None:
         """Give private pages back."""
+
+    def arrival(self, request: str) -> Arrival | None:
+        """Layers of the request's last load that are still on their way, or were lost on it; None: all are there.
+
+        Before a layer attends to the pages that were loaded, the engine waits for it. Until the arrival is finished the pages
+        are not saved, suspended or freed.
+        """
+        return None
 
     @abstractmethod
     def fork(self, request: str, child: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from tierkv.arrival import Arrival
 from tierkv.connectors.base import Hit, PagedConnector, Progress
 from tierkv.layout import TOKEN_BYTES
 from tierkv.store import Match, Search, Store
@@ -100,6 +101,12 @@ class EngineConnector(PagedConnector):
 
         self.store.load(match, pages).add_done_callback(answer)
         return usable
+
+    def arrival(self, request: str) -> Arrival | None:
+        """Layers still on their way, or lost on it."""
+        match = self._requests[request].match
+        arrival = match.arrival if match else None
+        return None if arrival is None or arrival.is_whole else arrival
 
     # -- keeping ----------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,10 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Final
 
+from tierkv.arrival import Arrival, layer_bounds
 from tierkv.index import Index, Lease
 from tierkv.keys import Key, chain
 from tierkv.layout import TOKEN_BYTES, Layout
@@ -42,6 +44,7 @@ class Match:
     head_tokens: tokens of the block after these that a known block begins with (reuse finer than a block).
     head_place: a host place that holds that head and belongs to the caller (a request that was suspended).
     dirty: blocks from here on were not offered to the tiers below yet.
+    arrival: layers of its load that come after the first; None: all layers come together.
     """
 
     lease: Lease
@@ -52,6 +55,7 @@ class Match:
     remote_tokens: bytes = b""
     head_place: int | None = None
     dirty: int = 0
+    arrival: Arrival | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -97,16 +101,22 @@ class Store:
         load_deadline_s: float,
         spill_watermark: float,
         piece: int,
+        layer_groups: int = 1,
+        spill_share: float = 1.0,
     ) -> None:
         self.root, self.layout, self.places, self.below, self.mover = root, layout, places, below, mover
         self._host_copy_down = host_copy_down
         self._load_deadline_s, self._watermark, self._piece = load_deadline_s, spill_watermark, piece
+        self._spill_share = spill_share
         self._numbered = {tier.number: tier for tier in below if tier.number is not None}
         self._shared = [tier for tier in below if tier.number is None]
         self._expiring: list[Load] = []
         self._block_bytes = layout.block_tokens * TOKEN_BYTES  # of token ids, not of KV
         self._spills = [_Spill(DEVICE, None)] if host_copy_down == "spill" else []
         self._spills += [_Spill(HOST, tier) for tier in below if tier.copy_down == "spill"]
+        self._bounds = layer_bounds(layout.num_layers, min(layer_groups, layout.num_layers))
+        layer_bytes = layout.block_bytes // layout.num_layers
+        self._spans = [(lo * layer_bytes, hi * layer_bytes) for lo, hi in pairwise(self._bounds)]
         self._closed = False
 
     # -- finding ----------------------------------------------------------------------------------------------------
@@ -169,8 +179,10 @@ class Store:
     def load(self, match: Match, pages: Sequence[int]) -> "Future[tuple[int, int]]":
         """Fill pages with the blocks of the match that do not lie on the device, then with its head if it has one.
 
-        Resolves to usable blocks (of all) and usable tokens of the head. The pages are the load's until then.
+        Resolves to usable blocks (of all) and usable tokens of the head. The pages are the load's until then, and where the
+        match has an arrival, until that is finished.
         """
+        match.arrival = Arrival(self._bounds) if len(self._spans) > 1 and self._in_memory(match) else None
         load = Load(
             places=self.places,
             lease=match.lease.fork(),
@@ -185,12 +197,21 @@ class Store:
             source=match.source,
             remote=match.remote,
             remote_tokens=match.remote_tokens,
+            arrival=match.arrival,
+            spans=self._spans,
         )
         if self.mover.submit(LOAD_LANE, load.run, blocks=max(1, len(pages))) is None:
             load.refuse()
         else:
             self._expiring.append(load)
         return load.done
+
+    @staticmethod
+    def _in_memory(match: Match) -> bool:
+        """Whether nothing of a match waits for a tier at rest, which may fail in the middle."""
+        head = match.lease.head_source() if match.head_tokens and match.head_place is None else None
+        tiers = [tier for tier, _, _ in match.lease.sources()] + ([head[0]] if head else [])
+        return not match.remote and all(tier <= HOST for tier in tiers)
 
     def settle(self, match: Match) -> None:
         """After a load: keep only the pins of what lies on the device; the pages that were filled are saved like new ones."""
@@ -274,9 +295,9 @@ class Store:
         with lease:
             self._to_host(lease, lo, hi, mark)
 
-    def _to_host(self, lease: Lease, lo: int, hi: int, mark: object) -> None:
+    def _to_host(self, lease: Lease, lo: int, hi: int, mark: object, *, share: float = 1.0) -> None:
         """Copy to the host, and queue what the tiers below it want as soon as it is there."""
-        copy_to_host(self.places, lease, lo, hi, mark=mark)
+        copy_to_host(self.places, lease, lo, hi, mark=mark, share=share)
         for below in self.below:
             if below.copy_down == "save":
                 self._queue_below(below, lease, lo, hi)
@@ -323,7 +344,7 @@ class Store:
         try:
             for lease in leases:
                 if spill.below is None:
-                    self._to_host(lease, lease.lo, lease.num_blocks, mark)
+                    self._to_host(lease, lease.lo, lease.num_blocks, mark, share=self._spill_share)
                 else:
                     write_down(self.places, spill.below, lease, lease.lo, lease.num_blocks)
         finally:

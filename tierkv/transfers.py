@@ -13,6 +13,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Final
 
+from tierkv.arrival import Arrival
 from tierkv.cost import CostModel
 from tierkv.errors import TierError
 from tierkv.index import Index, Lease
@@ -111,9 +112,11 @@ class Load:
     remote: keys of blocks that follow the lease's last one, to be had from `source`, and their tokens.
     mark: the point of the device's work after which the pages may be written.
     piece: blocks moved at a time; at most the size of a bundle of spares.
+    arrival: not None lets blocks that the host holds come layer group by layer group; spans: bytes of a block, per group.
 
     `done` resolves to (usable blocks, usable tokens of the head): when all have come, at the first failure, or in
-    `expire`, whichever is first. The pages are not touched after that, even when a tier comes back late.
+    `expire`, whichever is first. The pages are not touched after that, even when a tier comes back late; but where there is
+    an arrival, only the first group has come then, and the rest follows into the pages of usable blocks.
     """
 
     places: Places
@@ -129,8 +132,11 @@ class Load:
     source: Below | None = None
     remote: Sequence[Key] = ()
     remote_tokens: bytes = b""
+    arrival: Arrival | None = None
+    spans: Sequence[tuple[int, int]] = ()
     done: "Future[tuple[int, int]]" = field(default_factory=Future)
     _gate: Gate = field(default_factory=Gate)
+    _begun: list[tuple[Sequence[int], Sequence[int]]] = field(default_factory=list)
     _blocks: int = field(init=False)
     _wanted: int = field(init=False)
 
@@ -144,9 +150,14 @@ class Load:
         try:
             if self._load_path() and self._load_remote() and self.head_tokens and self._load_head():
                 head = self.head_tokens
+        except TierError:  # a copy to the device that the device refused
+            self.places.metrics.misses.add(self._wanted - self._blocks, "device", Miss.FAILED)
         finally:
             self._answer(head)
-            self.lease.release()
+            try:
+                self._follow()
+            finally:
+                self.lease.release()
 
     def expire(self, now: float) -> None:
         """Answer with what has come so far, if the deadline is past."""
@@ -162,8 +173,30 @@ class Load:
     def _answer(self, head: int) -> bool:
         if not self._gate.shut():
             return False
+        if self.arrival is not None and not self._begun:  # the job may not even have started, and nothing waits for it
+            self.arrival.finish()
         self.done.set_result((self._blocks, head))
         return True
+
+    def _follow(self) -> None:
+        """Bring the later layers of what came with its first."""
+        if self.arrival is None or not self._begun:
+            return
+        error: BaseException | None = None
+        try:
+            self.arrival.arrive(0)
+            for group, span in enumerate(self.spans[1:], 1):
+                for places, pages in self._begun:
+                    self.places.device.copy_in(self.places.host, places, pages, after=self.mark, span=span)
+                self.arrival.arrive(group)
+        except TierError as failed:
+            error = failed
+            self.places.metrics.misses.add(self._blocks - self.first, "device", Miss.FAILED)
+        except BaseException as failed:
+            error = failed
+            raise
+        finally:
+            self.arrival.finish(error)
 
     def _load_path(self) -> bool:
         for tier, lo, hi in self.lease.sources():
@@ -182,7 +215,14 @@ class Load:
         device, host = self.places.device, self.places.host
         if tier == DEVICE:
             return self._arrive(lo, hi, partial(device.copy_within, places, after=self.mark), "device")
-        return self._arrive(lo, hi, partial(device.copy_in, host, places, after=self.mark), "host")
+        if self.arrival is None:
+            return self._arrive(lo, hi, partial(device.copy_in, host, places, after=self.mark), "host")
+
+        def begin(pages: Sequence[int]) -> None:
+            device.copy_in(host, places, pages, after=self.mark, span=self.spans[0])
+            self._begun.append((places, pages))
+
+        return self._arrive(lo, hi, begin, "host")
 
     def _arrive(self, lo: int, hi: int, copy: Callable[[Sequence[int]], None], tier: str) -> bool:
         """Copy into the pages of blocks [lo, hi), unless the answer has been given."""
@@ -271,10 +311,10 @@ class Load:
         return came == [True]
 
 
-def copy_to_host(places: Places, lease: Lease, lo: int, hi: int, *, mark: object) -> None:
+def copy_to_host(places: Places, lease: Lease, lo: int, hi: int, *, mark: object, share: float = 1.0) -> None:
     """Copy those blocks [lo, hi) of the lease to the host that the device holds and the host does not.
 
-    mark: the point of the device's work after which the pages are written.
+    mark: the point of the device's work after which the pages are written.  share: of the time, in which the link is kept busy.
     """
     start = places.clock()
     for first, last in lease.held(DEVICE, lo, hi):
@@ -287,9 +327,12 @@ def copy_to_host(places: Places, lease: Lease, lo: int, hi: int, *, mark: object
             done = False
             try:
                 places.device.copy_out(
-                    [pages[block - first] for block in copy.blocks], places.host, copy.places, after=mark
+                    [pages[block - first] for block in copy.blocks], places.host, copy.places, after=mark, share=share
                 )
                 done = True
+            except TierError:  # the device refused; the blocks stay where they are
+                places.metrics.saves_dropped.add(len(copy.blocks), "host", Miss.FAILED)
+                continue
             finally:
                 places.index.commit_copy(copy, [done] * len(copy.blocks))
             places.metrics.blocks_spilled.add(len(copy.blocks), "device", "host")

@@ -144,6 +144,31 @@ class Scheduler:
                 self.ledger.give(page)
         sequence.num_offered = full
 
+    def _settle_rest(self, sequence: Sequence) -> bool:
+        """Wait for layers that are on their way, where no step has yet; False: they were lost, and it starts again."""
+        rest = sequence.rest
+        if rest is None or rest.settle():
+            sequence.rest = None
+            return True
+        self._restart(sequence)
+        return False
+
+    def restart(self, work: list[Work]) -> bool:
+        """After a step that failed: queue again whoever lost layers of a load; False when nobody did, or once more."""
+        lost = [item.sequence for item in work if item.sequence.rest is not None and not item.sequence.rest.settle()]
+        if not lost or any(sequence.request.restarts for sequence in lost):
+            return False
+        for sequence in lost:
+            self._restart(sequence)
+        return True
+
+    def _restart(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        sequence.request.restarts += 1
+        self._let_go(sequence)
+        self._connector.release(sequence.id)
+        self.add(sequence)
+
     # -- in -----------------------------------------------------------------------------------------------------------
 
     def _admit(self, budget: int) -> None:
@@ -195,6 +220,7 @@ class Scheduler:
         sequence.pages = pages
         sequence.num_computed, sequence.num_offered = usable, 0
         sequence.hit = sequence.load = None
+        sequence.rest = self._connector.arrival(sequence.id) if load else None
         if sequence.request.sources is None:
             sequence.request.sources = _sources(hit, usable, sequence.request.prompt_tokens)
         self._loading.remove(sequence)
@@ -209,6 +235,9 @@ class Scheduler:
         if parent.state is not State.RUNNING or len(self._running) + len(self._loading) >= self._max_sequences:
             self.add(child)
             return
+        if not self._settle_rest(parent):
+            self.add(child)
+            return
         self.seal(parent)  # so that no page is offered while both hold it
         self._connector.fork(parent.id, child.id)
         child.pages = parent.pages[: self._blocks(parent.num_computed)]
@@ -219,6 +248,8 @@ class Scheduler:
     # -- out ----------------------------------------------------------------------------------------------------------
 
     def _suspend(self, sequence: Sequence) -> None:
+        if not self._settle_rest(sequence):
+            return
         self.seal(sequence)
         self._running.remove(sequence)
         self._admits = False
@@ -238,6 +269,8 @@ class Scheduler:
         if sequence.state is State.LOADING and sequence.load is not None:
             self._loading.remove(sequence)
             self._moving.append((sequence.load, sequence))
+        elif sequence.rest is not None:
+            self._moving.append((sequence.rest.finished, sequence))
         for queue in (self._waiting, self._loading, self._running):
             if sequence in queue:
                 queue.remove(sequence)
@@ -250,7 +283,7 @@ class Scheduler:
         self.ledger.drop(sequence.pages)
         sequence.pages = []
         sequence.num_computed = sequence.num_offered = 0
-        sequence.hit = sequence.load = None
+        sequence.hit = sequence.load = sequence.rest = None
         if sequence.state is State.FINISHED:
             self._connector.release(sequence.id)
 

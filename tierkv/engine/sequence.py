@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from tierkv.arrival import Arrival
 from tierkv.connectors.base import Hit
 from tierkv.engine.sampling import Draw, SamplingParams, TokenLogprobs
 from tierkv.engine.stats import RequestStats
@@ -42,6 +43,7 @@ class Request:
     first_token_s: float | None = None
     sources: Mapping[str, int] | None = None
     preemptions: int = 0
+    restarts: int = 0
 
     @property
     def is_finished(self) -> bool:
@@ -71,7 +73,7 @@ class Sequence:
 
     id: what connectors know it by; unique.  arrival: its rank; the youngest is pre-empted first.  tokens: prompt and output.
     num_computed: tokens whose KV is in `pages`; the last token has none while it is decoding.  num_offered: full blocks
-    the store has seen.  hit, load: of the match under way.
+    the store has seen.  hit, load: of the match under way.  rest: layers of the load that come while it runs.
     """
 
     id: str
@@ -86,6 +88,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     hit: Hit | None = None
     load: "Future[int] | None" = None
+    rest: Arrival | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None

@@ -1,0 +1,159 @@
+"""A load whose first layers are attended to before its last have come: the same tokens, and nobody sees half a page."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine_models import generate, random_prompts, tiny_model
+from tierkv.arrival import Arrival
+from tierkv.config import Config, DeviceConfig, HostConfig, TransferConfig
+from tierkv.connectors.engine import EngineConnector
+from tierkv.engine import Engine, EngineConfig, SamplingParams
+from tierkv.errors import TierError
+from tierkv.layout import Layout
+from tierkv.store import Store
+from tierkv.tiers.device import PagePool
+from tierkv.tiers.host import HostSlab
+
+BLOCK = 4
+GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
+(PROMPT, OTHER) = random_prompts([41, 50])
+MODEL, REFERENCE = tiny_model(), tiny_model()
+
+
+@contextmanager
+def opened(*, groups: int = 3, pages: int = 30) -> Iterator[tuple[Engine, Store]]:
+    from tierkv.assembly import open_store
+
+    stores: list[Store] = []
+
+    def connect(layout: Layout, device: torch.device, model: str) -> EngineConnector:
+        config = Config(
+            device=DeviceConfig(capacity=pages * layout.block_bytes),
+            host=HostConfig(capacity=200 * layout.block_bytes),
+            transfer=TransferConfig(layer_groups=groups),
+        )
+        stores.append(open_store(config, layout=layout, model=model, device=device))
+        return EngineConnector(stores[0])
+
+    engine = Engine(
+        MODEL, None, EngineConfig(block_tokens=BLOCK, max_batch_tokens=16, max_sequences=4), connector=connect
+    )
+    try:
+        yield engine, stores[0]
+    finally:
+        engine.close()
+        stores[0].close()
+
+
+def ask(engine: Engine, prompt: Sequence[int]) -> dict[str, int]:
+    (output,) = engine.generate([list(prompt)], GREEDY)
+    assert list(output.token_ids) == generate(REFERENCE, list(prompt), num_tokens=6)
+    return dict(output.stats.sources)
+
+
+def test_tokens_are_those_of_a_whole_load() -> None:
+    with opened(pages=16) as (engine, store):
+        ask(engine, PROMPT)
+        store.mover.drain()
+        ask(engine, OTHER)  # pushes the first out of the device
+        store.mover.drain()
+        assert ask(engine, PROMPT).get("host", 0) >= 30
+
+
+def test_groups_come_one_after_the_other_and_the_first_is_enough_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[tuple[int, int] | None] = []
+    waited = [threading.Event() for _ in range(3)]
+    copy_in, wait = PagePool.copy_in, Arrival.wait
+
+    def copy(self: PagePool, host: HostSlab, places: Sequence[int], pages: Sequence[int], **how: Any) -> None:
+        """As slow as can be: a group comes once the layer before it has been asked for, or never."""
+        span = how.get("span")
+        if span is not None and span[0]:
+            assert waited[span[0] * 3 // host.block_bytes - 1].wait(20), "the engine waits for all of a load"
+        moved.append(span)
+        copy_in(self, host, places, pages, **how)
+
+    def watch(self: Arrival, layer: int) -> None:
+        waited[layer].set()
+        wait(self, layer)
+
+    monkeypatch.setattr(PagePool, "copy_in", copy)
+    monkeypatch.setattr(Arrival, "wait", watch)
+    with opened(pages=16) as (engine, store):
+        ask(engine, PROMPT)
+        store.mover.drain()
+        ask(engine, OTHER)
+        store.mover.drain()
+        moved.clear()
+        ask(engine, PROMPT)
+        layer = store.layout.block_bytes // store.layout.num_layers
+        assert [span for span in moved if span] == [(0, layer), (layer, 2 * layer), (2 * layer, 3 * layer)]
+        assert all(event.is_set() for event in waited)
+
+
+def test_a_request_that_ends_while_layers_come_keeps_its_pages_until_they_have_come() -> None:
+    with opened(pages=16) as (engine, store):
+        ask(engine, PROMPT)
+        store.mover.drain()
+        ask(engine, OTHER)
+        store.mover.drain()
+        connector = engine.connector
+        assert isinstance(connector, EngineConnector)
+        late = Arrival([0, 1, 2, 3])
+        real, connector.arrival = connector.arrival, lambda request: late  # type: ignore[method-assign]  # a load as slow as can be
+        name = engine.add(PROMPT, GREEDY)
+        scheduler = engine._core.scheduler
+        while not scheduler._running:
+            engine._core._poll()
+            scheduler.schedule()
+        connector.arrival = real  # type: ignore[method-assign]
+        held = store.index.room(0)[0]
+        engine.abort(name)
+        scheduler.settle()
+        assert store.index.room(0)[0] == held, "pages went back while they were being written"
+        late.finish()
+        scheduler.settle()
+        assert store.index.room(0)[0] > held
+        assert scheduler.is_idle
+
+
+def break_later(times: int) -> Callable[..., None]:
+    """A `copy_in` that fails for later groups, so many times."""
+    copy_in, left = PagePool.copy_in, [times]
+
+    def copy(self: PagePool, host: HostSlab, places: Sequence[int], pages: Sequence[int], **how: Any) -> None:
+        if how.get("span") and how["span"][0] > 0 and left[0]:
+            left[0] -= 1
+            raise TierError("the link is gone")
+        copy_in(self, host, places, pages, **how)
+
+    return copy
+
+
+def test_a_layer_that_never_comes_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(pages=16) as (engine, store):
+        ask(engine, PROMPT)
+        store.mover.drain()
+        ask(engine, OTHER)
+        store.mover.drain()
+        monkeypatch.setattr(PagePool, "copy_in", break_later(1))
+        ask(engine, PROMPT)  # the tokens are those of the cold run
+        assert store.metrics.misses.value() > 0
+
+
+def test_a_link_that_stays_broken_ends_the_step_and_not_in_wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(pages=16) as (engine, store):
+        ask(engine, PROMPT)
+        store.mover.drain()
+        ask(engine, OTHER)
+        store.mover.drain()
+        monkeypatch.setattr(PagePool, "copy_in", break_later(1000))
+        engine.add(PROMPT, GREEDY)
+        with pytest.raises(TierError, match="a load lost layers on their way to the device"):
+            for _ in range(1000):
+                engine.step()
