@@ -100,6 +100,8 @@ class Lab:
             target = torch.empty_like(source)
             timing = self.time([lambda: target.copy_(source)] * 2)
             self._copy_gbps = 2 * size / timing.seconds / 1e9
+            del source, target
+            self._give_back()
         return self._copy_gbps
 
     def copy_seconds(self, num_bytes: int, sets: int) -> float:
@@ -172,6 +174,9 @@ class Lab:
             # A benchmark that fails is a row, and the rest goes on.
             self.failed(name, error)
         finally:
-            gc.collect()
-            if not self.rehearsing:
-                torch.cuda.empty_cache()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        gc.collect()
+        if not self.rehearsing:
+            torch.cuda.empty_cache()
