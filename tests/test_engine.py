@@ -420,6 +420,9 @@ def test_a_closed_engine_takes_no_requests(engine: Engine) -> None:
         {"seed": -1},
         {"num_threads": 0},
         {"num_threads": 10**6},
+        {"cuda_graphs": "on"},
+        {"gpu_memory_utilization": 0.0},
+        {"gpu_memory_utilization": 1},
     ],
     ids=str,
 )

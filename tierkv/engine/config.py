@@ -7,6 +7,7 @@ from typing import Final
 from tierkv.errors import ConfigError
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+GRAPHS: Final = ("auto", "off")
 MAX_THREADS: Final = 1024
 
 
@@ -15,10 +16,11 @@ class EngineConfig:
     """Options of one engine.
 
     dtype: of weights, activations and KV; "auto" is the model's own.  device: "cpu", "cuda" or "cuda:N".
-    num_pages, pool_bytes: size of the page pool when the engine owns it, in either unit; 1 GiB when neither is given.
+    num_pages, pool_bytes: size of the page pool when the engine owns it, in either unit. When neither is given: 1 GiB on a CPU,
+    on a GPU what is left of gpu_memory_utilization, a part of the card that all its processes may use together.
     max_batch_tokens: tokens computed per step, prefill chunks included.  max_sequences: sequences running at a time.
     max_context: prompt and output of one request; the model's own limit when None.  seed: of requests that name none.
-    num_threads: of torch, for the whole process; None leaves it.
+    num_threads: of torch, for the whole process; None leaves it.  cuda_graphs: "auto" records decode steps on a GPU, "off" never.
     """
 
     dtype: str = "auto"
@@ -31,6 +33,8 @@ class EngineConfig:
     max_context: int | None = None
     seed: int = 0
     num_threads: int | None = None
+    gpu_memory_utilization: float = 0.9
+    cuda_graphs: str = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -49,6 +53,11 @@ class EngineConfig:
             raise ConfigError(
                 f"engine num_threads={self.num_threads}: give at most {MAX_THREADS}, the cores you may use"
             )
+        if self.cuda_graphs not in GRAPHS:
+            raise ConfigError(f"engine cuda_graphs={self.cuda_graphs!r}: must be one of {', '.join(GRAPHS)}")
+        share = self.gpu_memory_utilization
+        if not isinstance(share, float) or not 0 < share < 1:
+            raise ConfigError(f"engine gpu_memory_utilization={share!r}: must be a number above 0 and below 1")
         if not _is_int(self.seed) or not 0 <= self.seed < 1 << 64:
             raise ConfigError(f"engine seed={self.seed!r}: must be an integer from 0 to 2**64 - 1")
         if self.max_batch_tokens < self.max_sequences:

@@ -1,10 +1,12 @@
 """One step after the other: schedule, run the model, sample, see who has finished. Tokens in, tokens out."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Final
 
@@ -12,13 +14,18 @@ import torch
 
 from tierkv.connectors.base import PagedConnector
 from tierkv.engine.config import EngineConfig
+from tierkv.engine.graphs import GraphFactory
 from tierkv.engine.loading import Model
 from tierkv.engine.runner import Runner
 from tierkv.engine.sampling import sample
 from tierkv.engine.scheduler import Scheduler, Work
 from tierkv.engine.sequence import Request, Sequence, State
 from tierkv.engine.stats import EngineStats
+from tierkv.engine.stopwatch import CudaStopwatch, HostStopwatch, Stopwatch
+from tierkv.errors import TierError
 from tierkv.kernels.pages import copy_pages
+
+log = logging.getLogger("tierkv")
 
 _PREFILL_TOKENS: Final = 16  # fewer say more of a step's fixed cost than of a token's
 _WAIT_S: Final = 0.05  # between looks at a connector while transfers are under way
@@ -35,9 +42,16 @@ class Core:
         config: EngineConfig,
         eos: frozenset[int],
         clock: Callable[[], float],
+        *,
+        max_context: int,
+        graphs: GraphFactory | None = None,
     ) -> None:
         self._connector, self._eos, self._clock = connector, eos, clock
         self._runner = Runner(model, connector.pool)
+        device: torch.device = connector.pool.device
+        self._stopwatch: Stopwatch = CudaStopwatch(device) if device.type == "cuda" else HostStopwatch(clock)
+        if graphs is not None:
+            self._use_graphs(graphs, max_sequences=config.max_sequences, max_context=max_context)
         self.scheduler = Scheduler(
             connector,
             block_tokens=config.block_tokens,
@@ -48,6 +62,14 @@ class Core:
         self._arrivals = count()
         self._pause = threading.Event()  # never set: an interruptible wait
         self.stats = EngineStats()
+
+    def _use_graphs(self, graphs: GraphFactory, *, max_sequences: int, max_context: int) -> None:
+        try:
+            self._runner.use_graphs(graphs, max_sequences=max_sequences, max_context=max_context)
+        except RuntimeError as error:  # a model that waits for the device, or allocates what is not torch's
+            log.warning(
+                "decode steps run without CUDA graphs: %s", (str(error).splitlines() or [type(error).__name__])[0]
+            )
 
     def start(self, request: Request, sequence: Sequence) -> None:
         """Queue the first sequence of a request."""
@@ -83,13 +105,15 @@ class Core:
         for item in work:
             if item.sequence.request.started_s is None:
                 item.sequence.request.started_s = started_s
-        model_started_s = self._clock()
-        logits = self._runner.run(work)
-        model_s = self._clock() - model_started_s
-        if len(work) == 1 and work[0].num_tokens >= _PREFILL_TOKENS:  # alone, so that the time is all its own
-            self._connector.computed(
-                num_tokens=work[0].num_tokens, context_tokens=work[0].sequence.num_computed, seconds=model_s
-            )
+        self._stopwatch.tell()
+        self._stopwatch.start()
+        try:
+            logits = self._runner.run(work)
+        except TierError:  # layers of a load were lost on their way to the device
+            if self.scheduler.restart(work):
+                return []
+            raise
+        self._stopwatch.stop(partial(self._book, self._alone(work)))
         try:
             sequences = self._take(work, logits)
         except BaseException:
@@ -98,9 +122,21 @@ class Core:
             raise
         self.stats.steps += 1
         self.stats.tokens += sum(item.num_tokens for item in work)
-        self.stats.model_s += model_s
+        self.stats.graph_steps = self._runner.num_replays
         self.stats.step_s += self._clock() - started_s
         return sequences
+
+    @staticmethod
+    def _alone(work: List[Work]) -> tuple[int, int] | None:
+        """Tokens and context of a prompt that has a step to itself, so that the time is all its own."""
+        if len(work) > 1 or work[0].num_tokens < _PREFILL_TOKENS:
+            return None
+        return work[0].num_tokens, work[0].sequence.num_computed
+
+    def _book(self, alone: tuple[int, int] | None, model_s: float) -> None:
+        self.stats.model_s += model_s
+        if alone:
+            self._connector.computed(num_tokens=alone[0], context_tokens=alone[1], seconds=model_s)
 
     def drain(self) -> None:
         """Wait until nothing moves."""
@@ -126,6 +162,7 @@ class Core:
         """Book what a forward pass computed, and sample where a sequence has all its tokens computed."""
         for item in work:
             item.sequence.num_computed += item.num_tokens
+            item.sequence.rest = None  # every layer has waited for its part
             self.scheduler.seal(item.sequence)
         ready = [
             (row, sequence)
@@ -137,7 +174,7 @@ class Core:
             return []
         rows, sequences = [row for row, _ in ready], [sequence for _, sequence in ready]
         if rows != list(range(logits.shape[0])):
-            logits = logits[rows]
+            logits = logits.index_select(0, torch.tensor(rows).to(logits.device, non_blocking=True))
         chosen = sample(logits, [sequence.draw() for sequence in sequences])
         now_s = self._clock()
         for sequence, (token, logprobs) in zip(sequences, chosen, strict=True):

@@ -13,9 +13,10 @@ from typing import Final
 import torch
 
 from tierkv.connectors.base import PagedConnector
-from tierkv.engine import loading
+from tierkv.engine import loading, memory
 from tierkv.engine.config import EngineConfig
 from tierkv.engine.core import Core
+from tierkv.engine.graphs import CudaGraphs, GraphFactory
 from tierkv.engine.output import Output, RequestOutput, piece_of, sample_of
 from tierkv.engine.pages import PrivatePages
 from tierkv.engine.probe import attach
@@ -42,6 +43,7 @@ class Engine:
     model: a transformers causal LM, which from now on runs on pages only.  tokenizer: None when prompts are token ids.
     connector: makes what owns the pages, given layout, device and model identity; None keeps nothing between requests.
     metrics: where times to tokens and computed tokens are counted.  clock: seconds, for statistics only.
+    graphs: what records decode steps, unless the configuration says off; None: CUDA graphs on a GPU, nothing on a CPU.
     Raises ModelError for models that cannot run on pages, ConfigError for a configuration that cannot work.
     """
 
@@ -54,6 +56,7 @@ class Engine:
         connector: ConnectorFactory | None = None,
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        graphs: GraphFactory | None = None,
     ) -> None:
         self.config = config = config or EngineConfig()
         self.tokenizer, self.metrics, self._clock = tokenizer, metrics or Metrics(), clock
@@ -65,12 +68,17 @@ class Engine:
         attach(model, self.layout, self.device)
         use_rows(model)
         if connector is None:
-            self.connector: PagedConnector = PrivatePages(self.layout, self.device, num_pages=self._num_pages())
+            self.connector: PagedConnector = PrivatePages(self.layout, self.device, num_pages=self._num_pages(model))
         else:
             self.connector = connector(self.layout, self.device, loading.identity(model))
         self._pool_tokens = self.connector.pool.shape[0] * self.layout.block_tokens
         self._vocabulary: int = model.config.get_text_config().vocab_size
-        self._core = Core(model, self.connector, config, loading.eos_tokens(model, tokenizer), clock)
+        if config.cuda_graphs == "off":
+            graphs = None
+        elif graphs is None and self.device.type == "cuda":
+            graphs = CudaGraphs(self.device)
+        eos = loading.eos_tokens(model, tokenizer)
+        self._core = Core(model, self.connector, config, eos, clock, max_context=self.max_context, graphs=graphs)
         self._requests: dict[str, Request] = {}
         self._outputs: dict[str, list[RequestOutput]] = {}
         self._claimed: set[str] = set()  # by generate and stream: their outputs are not step's to hand out
@@ -98,10 +106,12 @@ class Engine:
         """Of all steps so far."""
         return self._core.stats
 
-    def _num_pages(self) -> int:
+    def _num_pages(self, model: loading.Model) -> int:
         if self.config.num_pages is not None:
             return self.config.num_pages
         pool_bytes = self.config.pool_bytes or _DEFAULT_POOL_BYTES
+        if self.config.pool_bytes is None and self.device.type == "cuda":
+            pool_bytes = memory.pool_bytes(model, self.layout, self.device, self.config)
         if pool_bytes < self.layout.block_bytes:
             raise ConfigError(
                 f"engine pool_bytes={pool_bytes:,}: less than one page of this model; give at least {self.layout.block_bytes:,}"

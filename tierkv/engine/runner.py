@@ -10,7 +10,11 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from tierkv.arrival import Arrival
+from tierkv.engine.graphs import DecodeGraphs, GraphFactory
+from tierkv.engine.packing import Inputs, Packer, batch_of, fields
 from tierkv.engine.scheduler import Work
+from tierkv.engine.staging import Staging
 from tierkv.errors import ModelError
 from tierkv.kernels.attention import paged_attention
 from tierkv.kernels.batch import PagedBatch
@@ -39,31 +43,79 @@ class Step:
 
     layers: one strided view of the pool per layer, `[num_pages, 2, num_kv_heads, block_tokens, head_dim]`.
     is_first: look at what the model passes; it passes the same ever after.
+    rests: loads whose later layers are still coming; a layer waits for its own.
     """
 
-    __slots__ = ("batch", "calls", "is_first", "layers")
+    __slots__ = ("batch", "calls", "is_first", "layers", "rests")
 
-    def __init__(self, layers: List[torch.Tensor], batch: PagedBatch, *, is_first: bool) -> None:
-        self.layers, self.batch, self.is_first = layers, batch, is_first
+    def __init__(
+        self, layers: List[torch.Tensor], batch: PagedBatch, *, is_first: bool, rests: List[Arrival] = ()
+    ) -> None:
+        self.layers, self.batch, self.is_first, self.rests = layers, batch, is_first, rests
         self.calls = 0
 
 
 class Runner:
-    """A model on a page pool. pool: `[num_pages, num_layers, 2, num_kv_heads, block_tokens, head_dim]`."""
+    """A model on a page pool. pool: `[num_pages, num_layers, 2, num_kv_heads, block_tokens, head_dim]`.
+
+    Nothing in a step waits for the device. graphs: made by `use_graphs`; None while every step runs as it comes.
+    """
 
     def __init__(self, model: Any, pool: torch.Tensor) -> None:  # Any: transformers is untyped here
         self._model, self._pool = model, pool
         self._layers = list(pool.unbind(1))
         self._is_first = True
-        self._block_tokens = pool.shape[4]
+        self._packer = Packer(pool.shape[4])
+        self._staging = Staging(pool.device)
         self._scratch: list[torch.Tensor] = []
+        self.graphs: DecodeGraphs | None = None
+        self.num_replays = 0
+
+    @torch.inference_mode()
+    def use_graphs(self, make_graph: GraphFactory, *, max_sequences: int, max_context: int) -> None:
+        """Record decode steps, to be replayed from now on. Raises RuntimeError where the model cannot be recorded."""
+        graphs = DecodeGraphs(
+            self._forward, self._packer, self._pool, make_graph, max_sequences=max_sequences, max_context=max_context
+        )
+        graphs.record()
+        self.graphs = graphs
 
     @torch.inference_mode()
     def run(self, work: List[Work]) -> torch.Tensor:
-        """Compute the KV of the work's tokens; returns logits after the last token of each, [len(work), vocabulary]."""
-        tokens, positions, batch, last = self._pack(work)
-        step = Step(self._layers, batch, is_first=self._is_first)
-        output = self._model(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=last, paged=step)
+        """Compute the KV of the work's tokens; returns logits after the last token of each, [len(work), vocabulary].
+
+        They are good until the next call.
+        """
+        arrivals = [item.sequence.rest for item in work if item.sequence.rest is not None]
+        if self.graphs is not None and self.graphs.takes(work) and not arrivals:
+            self.num_replays += 1
+            return self.graphs.run(work)
+        num_rows, num_tokens = len(work), sum(item.num_tokens for item in work)
+        needed = fields(num_sequences=num_rows, num_tokens=num_tokens, width=self._packer.width(work))
+        laid = self._staging.lay([("int64", (num_rows,)), *needed])
+        arrays = Inputs(*laid.host[1:])
+        spans = self._packer.fill(work, arrays)
+        np.subtract(arrays.bounds[1:], 1, out=laid.host[0])
+        self._staging.send()
+        inputs = Inputs(*laid.device[1:])
+        return self._forward(inputs, batch_of(inputs, spans, scratch=self._scratch), laid.device[0], arrivals)
+
+    def _forward(
+        self,
+        inputs: Inputs[torch.Tensor],
+        batch: PagedBatch,
+        last: torch.Tensor,
+        arrivals: List[Arrival] = (),
+    ) -> torch.Tensor:
+        """Logits of the tokens `last`, [len(last), vocabulary]."""
+        step = Step(self._layers, batch, rests=arrivals, is_first=self._is_first)
+        output = self._model(
+            input_ids=inputs.tokens[None],
+            position_ids=inputs.positions[None],
+            use_cache=False,
+            logits_to_keep=last,
+            paged=step,
+        )
         if step.calls != len(self._layers):
             raise ModelError(
                 f"{type(self._model).__name__} made {step.calls} calls of the attention function for "
@@ -72,36 +124,6 @@ class Runner:
         self._is_first = False
         logits: torch.Tensor = output.logits[0]
         return logits
-
-    def _pack(self, work: List[Work]) -> tuple[torch.Tensor, torch.Tensor, PagedBatch, torch.Tensor]:
-        counts = np.fromiter((item.num_tokens for item in work), np.int64, len(work))
-        starts = np.fromiter((item.sequence.num_computed for item in work), np.int64, len(work))
-        bounds = np.zeros(len(work) + 1, np.int32)
-        np.cumsum(counts, out=bounds[1:])
-        lengths = starts + counts
-        tables = np.zeros((len(work), -(-int(lengths.max()) // self._block_tokens)), np.int32)
-        tokens = np.empty(int(bounds[-1]), np.int64)
-        for row, item in enumerate(work):
-            sequence, begin = item.sequence, item.sequence.num_computed
-            tokens[bounds[row] : bounds[row + 1]] = sequence.tokens[begin : begin + item.num_tokens]
-            used = -(-int(lengths[row]) // self._block_tokens)
-            tables[row, :used] = sequence.pages[:used]
-        owner = np.repeat(np.arange(len(work)), counts)
-        positions = np.arange(len(tokens)) + (starts - bounds[:-1])[owner]
-        slots = tables[owner, positions // self._block_tokens].astype(np.int64) * self._block_tokens
-        slots += positions % self._block_tokens
-        batch = PagedBatch(
-            self._send(slots),
-            self._send(tables),
-            self._send(lengths.astype(np.int32)),
-            self._send(bounds),
-            spans=list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), lengths.tolist(), strict=True)),
-            scratch=self._scratch,
-        )
-        return self._send(tokens)[None], self._send(positions)[None], batch, self._send(bounds[1:].astype(np.int64) - 1)
-
-    def _send(self, values: "np.ndarray[Any, Any]") -> torch.Tensor:
-        return torch.from_numpy(values).to(self._pool.device, non_blocking=True)
 
 
 def _attend(
@@ -124,6 +146,8 @@ def _attend(
     if paged.is_first:
         _check_call(module, key, value, others)
     paged.calls += 1
+    for rest in paged.rests:
+        rest.wait(module.layer_idx)  # type: ignore[arg-type]  # an int on every attention module
     pages = paged.layers[module.layer_idx]  # type: ignore[call-overload]  # an int on every attention module
     k, v = key[0], value[0]
     write_kv(k, v, pages, paged.batch)

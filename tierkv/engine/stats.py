@@ -24,9 +24,14 @@ class RequestStats:
 
 @dataclass(slots=True)
 class EngineStats:
-    """Since the engine started. step_s is the time of steps that computed something; model_s, the model's share of it."""
+    """Since the engine started.
+
+    step_s: time of steps that computed something.  model_s: the model's share of it; on a GPU as its own clock tells, a step
+    or two late.  graph_steps: those of `steps` that were replayed from a CUDA graph.
+    """
 
     steps: int = 0
+    graph_steps: int = 0
     tokens: int = 0
     step_s: float = 0.0
     model_s: float = 0.0
