@@ -16,6 +16,7 @@ from tierkv.config import (
     Loaded,
     RedisConfig,
     StoreConfig,
+    cache_folder,
     load,
 )
 from tierkv.errors import ConfigError
@@ -322,3 +323,10 @@ def test_every_option_has_help_and_a_variable_of_its_own() -> None:
 def test_redis_urls_of_all_kinds_are_taken() -> None:
     for url in ("redis://h:1/0", "rediss://:p@h", "redis+cluster://a:1", "rediss+cluster://a", "unix:///run/v.sock"):
         assert RedisConfig(url=url).url == url
+
+
+def test_measurements_go_to_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert cache_folder({"XDG_CACHE_HOME": "/fast"}) == Path("/fast/tierkv")
+    for ignored in ({}, {"XDG_CACHE_HOME": ""}, {"XDG_CACHE_HOME": "relative"}):
+        assert cache_folder(ignored) == Path("/home/somebody/.cache/tierkv")

@@ -7,7 +7,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from tierkv.config import CPU_PAGES, Config
+from tierkv.config import CPU_PAGES, Config, cache_folder
+from tierkv.errors import ConfigError
 from tierkv.keys import Namespace
 from tierkv.layout import Layout
 from tierkv.metrics import Metrics
@@ -42,10 +43,12 @@ def open_store(
     device: "torch.device | str" = "cpu",
     metrics: Metrics | None = None,
     clock: "Clock" = time.monotonic,
+    pool_bytes: int | None = None,
 ) -> "Store":
     """Open all tiers that `config` names, for blocks of one model.
 
     model: the identity of the weights, part of every key.  metrics: where to count; its own when None.
+    pool_bytes: of pages, where device.capacity is off; a GPU needs one of the two, for what is free there is the engine's to say.
     Raises ConfigError or TierError; nothing stays open then.
     """
     import torch
@@ -53,13 +56,17 @@ def open_store(
     from tierkv.cost import CostModel
     from tierkv.store import Store
     from tierkv.tiers.device import page_pool
+    from tierkv.tiers.device_cuda import open_cuda
     from tierkv.tiers.host import HostSlab
     from tierkv.transfers import Places
 
     metrics, transfer, on = metrics or Metrics(), config.transfer, torch.device(device)
     cost = CostModel(block_tokens=layout.block_tokens, block_bytes=layout.block_bytes)
     config.check_layout(layout)
-    capacity = CPU_PAGES if config.device.capacity is None else config.device.capacity
+    capacity = config.device.capacity or pool_bytes or (CPU_PAGES if on.type == "cpu" else None)
+    if capacity is None:
+        raise ConfigError("device.capacity is off: set it, since nothing here knows what else this GPU is to hold")
+    cuda = open_cuda(on.index or 0) if on.type == "cuda" else None
     num_pages, num_host = capacity // layout.block_bytes, config.host.capacity // layout.block_bytes
     piece = max(1, min(MAX_PIECE_BLOCKS, PIECE_BYTES // layout.block_bytes))
     spares: SimpleQueue[list[int]] = SimpleQueue()
@@ -67,12 +74,16 @@ def open_store(
         spares.put(list(range(num_host + at * piece, num_host + (at + 1) * piece)))
     with ExitStack() as opened:  # closes what is open already when a later part refuses
         num_places = num_host + transfer.load_threads * piece
-        host = HostSlab(num_places=num_places, block_bytes=layout.block_bytes, pinned=on.type == "cuda")
+        node = cuda.numa_node() if cuda else None
+        host = HostSlab(num_places=num_places, block_bytes=layout.block_bytes, node=node)
         opened.callback(host.close)
-        pool = page_pool(layout=layout, num_pages=num_pages, device=on)
+        calibration = folder / "copies.json" if (folder := cache_folder()) else None
+        pool = page_pool(layout=layout, num_pages=num_pages, device=on, cuda=cuda, calibration=calibration)
         opened.callback(pool.close)
         mover = _mover(config, metrics)
         opened.callback(mover.close)
+        mover.background("pin", host.pin(cuda.host_register, cuda.host_unregister) if cuda else host.touch())
+        metrics.host_pinned_bytes.read_from(lambda: float(host.pinned_bytes))
         below = []
         disk = _disk(config, layout, metrics, mover)
         if disk:
@@ -97,6 +108,8 @@ def open_store(
             load_deadline_s=transfer.load_deadline_s,
             spill_watermark=transfer.spill_watermark,
             piece=piece,
+            layer_groups=transfer.layer_groups,
+            spill_share=transfer.spill_share,
         )
         store.recover()
         opened.pop_all()
@@ -113,7 +126,7 @@ def open_engine(name: "str | Path", config: Config | None = None) -> "Iterator[t
     import torch
 
     from tierkv.connectors.engine import EngineConnector
-    from tierkv.engine import Engine, EngineConfig
+    from tierkv.engine import Engine, EngineConfig, loading, memory
 
     config = config or Config()
     options, kind, metrics = config.engine, config.device.kind, Metrics()
@@ -123,7 +136,10 @@ def open_engine(name: "str | Path", config: Config | None = None) -> "Iterator[t
         stores: list[Store] = []
 
         def connect(layout: Layout, device: "torch.device", model: str) -> EngineConnector:
-            store = open_store(config, layout=layout, model=model, device=device, metrics=metrics)
+            left = None
+            if device.type == "cuda" and config.device.capacity is None:
+                left = memory.pool_bytes(weights, layout, device, engine_config)
+            store = open_store(config, layout=layout, model=model, device=device, metrics=metrics, pool_bytes=left)
             opened.callback(store.close)
             stores.append(store)
             return EngineConnector(store)
@@ -137,8 +153,12 @@ def open_engine(name: "str | Path", config: Config | None = None) -> "Iterator[t
             max_context=options.max_context,
             seed=options.seed,
             num_threads=options.num_threads,
+            gpu_memory_utilization=config.device.gpu_memory_utilization,
+            cuda_graphs=options.cuda_graphs,
         )
-        engine = Engine.from_pretrained(name, engine_config, connector=connect, metrics=metrics)
+        loading.check_device(engine_config)
+        weights, tokenizer = loading.load(name, engine_config)
+        engine = Engine(weights, tokenizer, engine_config, connector=connect, metrics=metrics)
         opened.enter_context(engine)
         yield engine, stores[0]
 

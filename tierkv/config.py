@@ -292,6 +292,15 @@ def load(
         raise ConfigError(f"{error} ({', '.join(places)})") from None
 
 
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Where measurements of this machine are kept (XDG base directories); None for a user without a home."""
+    given = Path(environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (given if given.is_absolute() else Path.home() / ".cache") / "tierkv"
+    except RuntimeError:
+        return None
+
+
 def _find(path: Path | str | None, environ: Mapping[str, str]) -> Path | None:
     if path is not None:
         return Path(path)
