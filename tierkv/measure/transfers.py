@@ -53,6 +53,7 @@ class Ground:
         every = range(pool.num_places)
         pool.copy_out(every, host, every, after=pool.mark())
         self.bytes.random_(0, 256)  # the host's are others
+        self.mark = pool.mark()  # taken before a transfer is queued, as the store does
 
     def scattered(self, count: int) -> list[Scattered]:
         """Some sets of pages and places."""
@@ -61,11 +62,11 @@ class Ground:
 
     def load(self, some: Scattered) -> None:
         """From the host to the device."""
-        self.pool.copy_in(self.host, some.places, some.pages, after=self.pool.mark())
+        self.pool.copy_in(self.host, some.places, some.pages, after=self.mark)
 
     def save(self, some: Scattered) -> None:
         """From the device to the host."""
-        self.pool.copy_out(some.pages, self.host, some.places, after=self.pool.mark())
+        self.pool.copy_out(some.pages, self.host, some.places, after=self.mark)
 
 
 @contextmanager
