@@ -61,7 +61,6 @@ class HostSlab(Slab):
         node: int | None = None,
         buffer: mmap.mmap | None = None,
         piece_bytes: int = PIECE_BYTES,
-        pinned: bool = False,
     ) -> None:
         self.num_places, self.block_bytes = num_places, block_bytes
         self.stride = -(-block_bytes // ALIGNMENT) * ALIGNMENT
