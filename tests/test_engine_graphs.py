@@ -107,6 +107,8 @@ def test_an_engine_that_replays_gives_the_tokens_that_transformers_gives() -> No
     (same,) = off.generate([prompts[0]], replace(GREEDY, temperature=1.0, n=3, seed=1))
     assert [sample.token_ids for sample in output.samples] == [sample.token_ids for sample in same.samples]
     assert off.stats.graph_steps == 0
+    engine.close()
+    assert engine._core._runner.graphs is None  # its memory is not left to the collector of cycles
 
 
 def test_a_model_that_cannot_be_recorded_runs_as_it_comes(caplog: pytest.LogCaptureFixture) -> None:

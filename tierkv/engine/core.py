@@ -145,6 +145,11 @@ class Core:
             self._poll()
             self.scheduler.settle()
 
+    def close(self) -> None:
+        """Wait until nothing moves, and give the memory of recorded steps back; no step follows."""
+        self.drain()
+        self._runner.graphs = None  # it refers to the runner, so that nobody else would let go of either
+
     def _poll(self) -> None:
         progress = self._connector.poll()
         self.stats.blocks_loaded += progress.loaded

@@ -321,7 +321,7 @@ class Engine:
         for request in list(self._requests):
             self.abort(request)
         self._outputs.clear()
-        self._core.drain()
+        self._core.close()
 
     def __enter__(self) -> "Engine":
         return self
