@@ -10,7 +10,7 @@ from tests.store_parts import STEP, TINY, Parts, content
 from tests.test_end_to_end import GREEDY, opened
 from tierkv.connectors.engine import EngineConnector
 from tierkv.engine import SamplingParams, core
-from tierkv.errors import RequestError
+from tierkv.errors import RequestError, TierError
 from tierkv.keys import chain, token_bytes
 from tierkv.tiers.base import Run
 from tierkv.transfers import DEVICE, HOST
@@ -96,6 +96,51 @@ def test_a_suspend_that_fails_keeps_nothing_and_breaks_nothing(monkeypatch: pyte
     parts.steps.run_all()
     assert connector.match("r", tokens) is not None
     assert parts.store.index.stats().tiers[HOST].used == 0
+
+
+@pytest.mark.parametrize("refused", ["copy_in", "copy_out"])
+def test_a_copy_that_the_device_refuses_is_a_miss(
+    refused: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = Parts(pages=4, edges=("save", "save", "save"))
+    connector, tokens = EngineConnector(parts.store), token_bytes(range(10, 16))
+    parts.serve(tokens)
+    if refused == "copy_in":
+        parts.steps.run_all()
+        parts.serve(token_bytes(range(30, 38)))  # pushes it out of the device
+    with monkeypatch.context() as broken:
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise TierError("cudaErrorInvalidValue")
+
+        broken.setattr(parts.store.places.device, refused, refuse)
+        parts.steps.run_all()
+        if refused == "copy_in":
+            hit = connector.match("r", tokens) or (parts.steps.run_all(), connector.match("r", tokens))[1]
+            assert hit is not None and hit.num_tokens == 6
+            usable = connector.load("r", connector.allocate(sum(page is None for page in hit.pages)) or [])
+            parts.steps.run_all()
+            assert usable.result() == 0
+            assert parts.metrics.misses.value() == 3
+        else:
+            assert parts.metrics.saves_dropped.value() >= 3
+            assert parts.store.index.stats().tiers[HOST].used == 0
+    assert not caplog.records, "logged as a defect of ours"
+
+
+def test_suspends_do_not_queue_behind_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, lanes = Parts(), list[str]()
+    submit = parts.store.mover.submit
+    monkeypatch.setattr(
+        parts.store.mover, "submit", lambda lane, job, blocks: (lanes.append(lane), submit(lane, job, blocks=blocks))[1]
+    )
+    connector, tokens = EngineConnector(parts.store), token_bytes(range(10, 16))
+    connector.match("r", tokens)
+    parts.steps.run_all()
+    assert connector.match("r", tokens) is not None
+    connector.suspend("r", tail=None, num_tokens=0)
+    assert lanes[-1] == "suspend"
+    parts.steps.run_all()
 
 
 def test_what_is_spilled_to_the_host_is_written_through_from_there() -> None:

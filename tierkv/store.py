@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Final
 
 from tierkv.arrival import Arrival, layer_bounds
+from tierkv.errors import TierError
 from tierkv.index import Index, Lease
 from tierkv.keys import Key, chain
 from tierkv.layout import TOKEN_BYTES, Layout
@@ -251,7 +252,7 @@ class Store:
         """Copy all of the match, and `tail`, a private page, to the host. Resolves to the tail's host place, or None."""
         lease, mark = match.lease.fork(), self.places.device.mark()
         future = self.mover.submit(
-            LOAD_LANE, partial(self._run_suspend, lease, tail, mark), blocks=lease.num_blocks + 1
+            SUSPEND_LANE, partial(self._run_suspend, lease, tail, mark), blocks=lease.num_blocks + 1
         )
         if future is None:
             lease.release()
@@ -267,8 +268,11 @@ class Store:
             return None
         try:
             self.places.device.copy_out([tail], self.places.host, reservation.places, after=mark)
-        except BaseException:
+        except BaseException as error:
             self.index.free(HOST, reservation.places)
+            if isinstance(error, TierError):  # the device refused: the tail is computed again
+                self.metrics.saves_dropped.add(1, "host", Miss.FAILED)
+                return None
             raise
         return reservation.places[0]
 
