@@ -55,9 +55,8 @@ def paged_attention(
     num_heads, num_tokens, dim = query.shape
     kv_heads = key.shape[0]
     query = query.view(kv_heads, num_heads // kv_heads, num_tokens, dim)
-    reaches = batch.once(
-        ("reaches", window, pages.shape, pages.stride(), pages.dtype), lambda: list(_plan(query, pages, batch, window))
-    )
+    form = None if batch.alike else _form(pages)
+    reaches = batch.once(("reaches", window, form), lambda: list(_plan(query, pages, batch, window)))
     if len(batch.spans) == 1:
         return _attend(query, key, value, pages, reaches[0], how).reshape(num_tokens, num_heads, dim)
     out = query.new_empty(num_tokens, kv_heads, num_heads // kv_heads, dim)
@@ -111,6 +110,8 @@ class Scoring(NamedTuple):
 
 def _checked(query: Tensor, pages: Tensor, batch: PagedBatch, how: Scoring, *, parts: int, value_dim: int) -> None:
     """Once per batch for layers that are alike in all that is looked at."""
+    if batch.alike:
+        return
     form = (_form(query), _form(pages), _form(how.scales), _form(how.sinks))
     key = ("attention", form, how.window, how.softcap, parts, value_dim)
     batch.once(key, lambda: _check(query, pages, batch, how, parts=parts, value_dim=value_dim))

@@ -40,6 +40,8 @@ class PagedBatch:
     spans: one per sequence, on the host: give them where they are known, reading them back waits for the device.
     scratch: reused between steps, grown on demand: a fresh gather target costs its page faults every time.
     plans: given where the step is recorded, to be replayed; then every sequence has one token.
+    alike: its maker has seen a step of the same layers pass, which differ in nothing but where they lie: they are not looked at
+    again. Looking takes 8 us per layer, in every step (2-core Intel Xeon VM, 2026-11-22).
     """
 
     slots: Tensor
@@ -49,6 +51,7 @@ class PagedBatch:
     spans: list[Span] = field(default_factory=list)
     scratch: list[Tensor] = field(default_factory=list)
     plans: Plans | None = None
+    alike: bool = False
     _derived: dict[Hashable, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -162,6 +162,8 @@ def _encoded(states: Tensor, pages: Tensor, places: _Places, scales: Tensor | No
 
 def _places(states: Sequence[Tensor], pages: Tensor, batch: PagedBatch, scales: Tensor | None) -> _Places:
     """Checked and made by the first of the layers that are alike."""
+    if batch.alike:
+        return batch.once("write", lambda: _derive(states, pages, batch.slots, scales))
     given = [*states, pages, *(() if scales is None else (scales,))]
     key = ("write", *((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in given))
     return batch.once(key, lambda: _derive(states, pages, batch.slots, scales))

@@ -108,6 +108,7 @@ class Runner:
         arrivals: List[Arrival] = (),
     ) -> torch.Tensor:
         """Logits of the tokens `last`, [len(last), vocabulary]."""
+        batch.alike = not self._is_first
         step = Step(self._layers, batch, rests=arrivals, is_first=self._is_first)
         output = self._model(
             input_ids=inputs.tokens[None],
