@@ -17,8 +17,13 @@ ARCHITECTURES: Final = (80, 90, 100)
 REGISTERS: Final = 64 << 10  # of a processor, in words; a warp takes them for 32 threads, 8 a thread at a time
 SHARED_BYTES: Final = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # what one program may ask for
 
-ALLOWED_SPILLS: Final[dict[tuple[str, str], str]] = {}
-"""(kernel, variant) -> why its spills are worth having."""
+ALLOWED_SPILLS: Final[dict[tuple[str, str], tuple[int, str]]] = {
+    ("_attend", "decode latents fp8"): (
+        8,
+        "on sm_90: tiles of 16 rows spill nothing, and read every latent twice as often",
+    ),
+}
+"""(kernel, variant) -> bytes that may be spilled, and why that is worth having."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,7 @@ def resident(row: dict[str, Any]) -> int:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_kernel_spills(compiled: dict[int, list[dict[str, Any]]], arch: int) -> None:
     spilled = {(row["name"], row["variant"]): row["spill_bytes"] for row in compiled[arch] if row["spill_bytes"]}
-    assert {case: count for case, count in spilled.items() if case not in ALLOWED_SPILLS} == {}
+    assert {case: count for case, count in spilled.items() if count > ALLOWED_SPILLS.get(case, (0, ""))[0]} == {}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,7 +28,11 @@ MODEL, REFERENCE = tiny_model(), tiny_model()
 
 @contextmanager
 def opened(*, groups: int = 3, pages: int = 30) -> Iterator[tuple[Engine, Store]]:
+    """Pieces of three blocks, so that loads have several."""
+    from tierkv import assembly
     from tierkv.assembly import open_store
+
+    piece, assembly.MAX_PIECE_BLOCKS = assembly.MAX_PIECE_BLOCKS, 3
 
     stores: list[Store] = []
 
@@ -38,6 +43,7 @@ def opened(*, groups: int = 3, pages: int = 30) -> Iterator[tuple[Engine, Store]
             transfer=TransferConfig(layer_groups=groups),
         )
         stores.append(open_store(config, layout=layout, model=model, device=device))
+        assembly.MAX_PIECE_BLOCKS = piece
         return EngineConnector(stores[0])
 
     engine = Engine(
@@ -92,7 +98,9 @@ def test_groups_come_one_after_the_other_and_the_first_is_enough_to_begin(monkey
         moved.clear()
         ask(engine, PROMPT)
         layer = store.layout.block_bytes // store.layout.num_layers
-        assert [span for span in moved if span] == [(0, layer), (layer, 2 * layer), (2 * layer, 3 * layer)]
+        spans = [span for span in moved if span]
+        assert len(spans) > 6 and spans == sorted(spans)
+        assert set(spans) == {(0, layer), (layer, 2 * layer), (2 * layer, 3 * layer)}
         assert all(event.is_set() for event in waited)
 
 
@@ -146,14 +154,88 @@ def test_a_layer_that_never_comes_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> 
         assert store.metrics.misses.value() > 0
 
 
-def test_a_link_that_stays_broken_ends_the_step_and_not_in_wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whole", [False, True], ids=["later groups", "whole loads too"])
+def test_a_link_that_stays_broken_costs_time_and_no_request(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(pages=20) as (engine, store):
+        ask(engine, PROMPT)
+        store.mover.drain()
+        ask(engine, OTHER)
+        store.mover.drain()
+        copy_in = PagePool.copy_in
+
+        def broken(self: PagePool, host: HostSlab, places: Sequence[int], pages: Sequence[int], **how: Any) -> None:
+            if whole or (how.get("span") and how["span"][0] > 0):
+                raise TierError("the link is gone")
+            copy_in(self, host, places, pages, **how)
+
+        monkeypatch.setattr(PagePool, "copy_in", broken)
+        innocent = list(range(1, 9))
+        outputs = engine.generate([PROMPT, innocent], GREEDY)
+        for prompt, output in zip((PROMPT, innocent), outputs, strict=True):
+            assert list(output.token_ids) == generate(REFERENCE, prompt, num_tokens=6)
+        assert sum(outputs[0].stats.sources.values()) == len(PROMPT)
+
+
+def test_a_request_that_is_ended_while_it_loads_keeps_its_pages_until_all_layers_have_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The load has answered with its first layers, the engine has not taken that up yet: the pages are still being written."""
+    begun, go_on = threading.Event(), threading.Event()
+    copy_in = PagePool.copy_in
+
+    def slow(self: PagePool, host: HostSlab, places: Sequence[int], pages: Sequence[int], **how: Any) -> None:
+        if how.get("span") and how["span"][0] > 0:
+            begun.set()
+            assert go_on.wait(20)
+        copy_in(self, host, places, pages, **how)
+
     with opened(pages=16) as (engine, store):
         ask(engine, PROMPT)
         store.mover.drain()
         ask(engine, OTHER)
         store.mover.drain()
-        monkeypatch.setattr(PagePool, "copy_in", break_later(1000))
-        engine.add(PROMPT, GREEDY)
-        with pytest.raises(TierError, match="a load lost layers on their way to the device"):
-            for _ in range(1000):
-                engine.step()
+        monkeypatch.setattr(PagePool, "copy_in", slow)
+        scheduler = engine._core.scheduler
+        name = engine.add(PROMPT, GREEDY)
+        scheduler.schedule()
+        assert begun.wait(20)
+        loading = list(scheduler._loading)
+        assert loading, "it has not been taken up"
+        held = store.index.room(0)[0]
+        engine.abort(name)
+        scheduler.settle()
+        assert store.index.room(0)[0] == held, "pages went back while they were being written"
+        go_on.set()
+        store.mover.drain()
+        scheduler.settle()
+        assert store.index.room(0)[0] > held
+        assert scheduler.is_idle
+        monkeypatch.undo()
+        ask(engine, PROMPT)
+
+
+@pytest.mark.parametrize("what", ["suspend", "fork"])
+def test_nobody_is_shown_pages_before_all_layers_have_come(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(pages=16) as (engine, store):
+        ask(engine, PROMPT)
+        store.mover.drain()
+        ask(engine, OTHER)
+        store.mover.drain()
+        late = Arrival([0, 1, 2, 3])
+        monkeypatch.setattr(engine.connector, "arrival", lambda request: late)
+        name = engine.add(PROMPT, GREEDY)
+        scheduler = engine._core.scheduler
+        while not scheduler._running:
+            scheduler.schedule()
+        monkeypatch.undo()
+        act = partial(scheduler._suspend, scheduler._running[0]) if what == "suspend" else partial(engine.fork, name)
+        thread = threading.Thread(target=act)
+        thread.start()
+        thread.join(0.05)
+        assert thread.is_alive(), "it did not wait"
+        assert scheduler._running[0].num_offered == 0
+        late.finish()
+        thread.join(20)
+        assert not thread.is_alive()
+        while engine.has_work:
+            engine.step()

@@ -245,7 +245,7 @@ def _believes_all(self: Load, below: Below, lo: int, hi: int, views: Any) -> lis
     return [True] * (hi - lo)
 
 
-def _copies_wrong_pages(self: PagePool, pages: Any, host: HostSlab, places: Any, *, after: object) -> None:
+def _copies_wrong_pages(self: PagePool, pages: Any, host: HostSlab, places: Any, **how: object) -> None:
     for page, place in zip(reversed(list(pages)), places, strict=True):
         host.rows[place, : self.block_bytes] = self._rows[page]
 

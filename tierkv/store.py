@@ -118,6 +118,7 @@ class Store:
         self._bounds = layer_bounds(layout.num_layers, min(layer_groups, layout.num_layers))
         layer_bytes = layout.block_bytes // layout.num_layers
         self._spans = [(lo * layer_bytes, hi * layer_bytes) for lo, hi in pairwise(self._bounds)]
+        self._by_groups = len(self._spans) > 1
         self._closed = False
 
     # -- finding ----------------------------------------------------------------------------------------------------
@@ -183,7 +184,10 @@ class Store:
         Resolves to usable blocks (of all) and usable tokens of the head. The pages are the load's until then, and where the
         match has an arrival, until that is finished.
         """
-        match.arrival = Arrival(self._bounds) if len(self._spans) > 1 and self._in_memory(match) else None
+        match.arrival = None
+        if self._by_groups and self._in_memory(match):
+            match.arrival = Arrival(self._bounds)
+            match.arrival.finished.add_done_callback(partial(self._after_arrival, match.arrival))
         load = Load(
             places=self.places,
             lease=match.lease.fork(),
@@ -206,6 +210,12 @@ class Store:
         else:
             self._expiring.append(load)
         return load.done
+
+    def _after_arrival(self, arrival: Arrival, _: "Future[None]") -> None:
+        """A copy that fails in a whole load is a miss; in a later group it costs the step that has begun: once is enough."""
+        if not arrival.is_whole and self._by_groups:
+            self._by_groups = False
+            log.warning("layers of a load were lost on their way to the device: loads come whole from now on")
 
     @staticmethod
     def _in_memory(match: Match) -> bool:

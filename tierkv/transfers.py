@@ -137,6 +137,7 @@ class Load:
     done: "Future[tuple[int, int]]" = field(default_factory=Future)
     _gate: Gate = field(default_factory=Gate)
     _begun: list[tuple[Sequence[int], Sequence[int]]] = field(default_factory=list)
+    _first_s: float = 0.0
     _blocks: int = field(init=False)
     _wanted: int = field(init=False)
 
@@ -183,12 +184,14 @@ class Load:
         if self.arrival is None or not self._begun:
             return
         error: BaseException | None = None
+        start = self.places.clock()
         try:
             self.arrival.arrive(0)
             for group, span in enumerate(self.spans[1:], 1):
                 for places, pages in self._begun:
                     self.places.device.copy_in(self.places.host, places, pages, after=self.mark, span=span)
                 self.arrival.arrive(group)
+            self._learn(sum(len(pages) for _, pages in self._begun), self._first_s + self.places.clock() - start)
         except TierError as failed:
             error = failed
             self.places.metrics.misses.add(self._blocks - self.first, "device", Miss.FAILED)
@@ -227,6 +230,7 @@ class Load:
     def _arrive(self, lo: int, hi: int, copy: Callable[[Sequence[int]], None], tier: str) -> bool:
         """Copy into the pages of blocks [lo, hi), unless the answer has been given."""
         start = self.places.clock()
+        grouped = self.arrival is not None and tier == "host"
 
         def arrive() -> None:
             copy(self.pages[lo - self.first : hi - self.first])
@@ -235,11 +239,16 @@ class Load:
         if not self._gate.enter(arrive):
             return False
         self.places.metrics.blocks_loaded.add(hi - lo, tier)
-        if tier == "host":
-            seconds = self.places.clock() - start
-            self.places.metrics.load_seconds.observe(seconds, tier)
-            self.places.cost.observe_fetch(HOST, hi - lo, seconds)
+        seconds = self.places.clock() - start
+        if grouped:  # its other layers take time too, and are counted when they have come
+            self._first_s += seconds
+        elif tier == "host":
+            self._learn(hi - lo, seconds)
         return True
+
+    def _learn(self, blocks: int, seconds: float) -> None:
+        self.places.metrics.load_seconds.observe(seconds, "host")
+        self.places.cost.observe_fetch(HOST, blocks, seconds)
 
     def _fetch(self, below: Below, lo: int, hi: int) -> bool:
         """Read blocks [lo, hi) of the lease from a tier at rest: into the host tier where it has room, and on to the device."""

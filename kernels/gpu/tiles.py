@@ -56,7 +56,10 @@ def tiles_for(case: Case, *, group: int) -> Tiles:
 
 
 def rule(case: Case) -> Tiles:
-    """Tiles that spill no register on sm_80, sm_90 and sm_100, in what the tests compile; how fast they are was not measured."""
+    """Tiles that spill no register on sm_80, sm_90 and sm_100 in what the tests compile, but for one case named there.
+
+    How fast they are was not measured.
+    """
     if INTERPRETED:
         return Tiles(rows=16, keys=16, warps=1, stages=1, programs=1)
     wide, size, has_wgmma = case.head_dim > 128, case.element_bytes, architecture() >= 90

@@ -128,8 +128,8 @@ class Core:
 
     @staticmethod
     def _alone(work: List[Work]) -> tuple[int, int] | None:
-        """Tokens and context of a prompt that has a step to itself, so that the time is all its own."""
-        if len(work) > 1 or work[0].num_tokens < _PREFILL_TOKENS:
+        """Tokens and context of a prompt that has a step to itself and waits for no layers: the time is all its own."""
+        if len(work) > 1 or work[0].num_tokens < _PREFILL_TOKENS or work[0].sequence.rest is not None:
             return None
         return work[0].num_tokens, work[0].sequence.num_computed
 

@@ -60,12 +60,24 @@ class CudaGraph:
 
     def record(self, run: Callable[[], object]) -> None:
         """Run a step for the record, on a stream of torch's."""
-        # thread_local: the mover's threads pin memory and copy meanwhile, which is nothing to the record.
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"),
-        ):
+        with torch.cuda.device(self._device):
+            self._try(run)
+            # thread_local: the mover's threads pin memory and copy meanwhile, which is nothing to the record.
+            with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+                run()
+
+    @staticmethod
+    def _try(run: Callable[[], object]) -> None:
+        """Raise RuntimeError for a step that waits for the device.
+
+        In a record that would fail too, but then torch's allocator believes for ever that a record is under way.
+        """
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
     def replay(self) -> None:
         """Queue it on torch's current stream."""

@@ -154,17 +154,15 @@ class Scheduler:
         return False
 
     def restart(self, work: list[Work]) -> bool:
-        """After a step that failed: queue again whoever lost layers of a load; False when nobody did, or once more."""
+        """After a step that failed: queue again whoever lost layers of a load; False when nobody did."""
         lost = [item.sequence for item in work if item.sequence.rest is not None and not item.sequence.rest.settle()]
-        if not lost or any(sequence.request.restarts for sequence in lost):
-            return False
         for sequence in lost:
             self._restart(sequence)
-        return True
+        return bool(lost)
 
     def _restart(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        sequence.request.restarts += 1
+        sequence.request.sources = None
         self._let_go(sequence)
         self._connector.release(sequence.id)
         self.add(sequence)
@@ -295,11 +293,21 @@ class Scheduler:
             ended = [sequence for future, sequence in self._moving if future.done()]
             self._moving = [(future, sequence) for future, sequence in self._moving if not future.done()]
             for sequence in ended:
+                if self._still_written(sequence):
+                    continue
                 self._let_go(sequence)
                 if sequence.state is State.SUSPENDED:
                     self.add(sequence)
         for sequence in [known for known in self._loading if known.load is not None and known.load.done()]:
             self._start(sequence)
+
+    def _still_written(self, sequence: Sequence) -> bool:
+        """Whether later layers of a load go on into the pages of a sequence that was ended while it loaded."""
+        rest = self._connector.arrival(sequence.id) if sequence.load is not None else None
+        if rest is None or rest.finished.done():
+            return False
+        self._moving.append((rest.finished, sequence))
+        return True
 
     def transfers(self) -> list["Future[Any]"]:
         """What an engine without work waits for."""

@@ -43,7 +43,6 @@ class Request:
     first_token_s: float | None = None
     sources: Mapping[str, int] | None = None
     preemptions: int = 0
-    restarts: int = 0
 
     @property
     def is_finished(self) -> bool:

@@ -39,6 +39,8 @@ DTYPES: Final = {
 }
 PACED_BYTES: Final = 8 << 20
 """Copied between two pauses: several times what a copy costs to begin, and little for a load to wait behind."""
+MAX_PAUSE_S: Final = 1.0
+"""Between two pieces at most, however small the share: `close` waits for the pause."""
 
 Span = tuple[int, int]
 
@@ -267,7 +269,7 @@ class _Pace:
                 copy()
             finally:
                 end = self._clock()
-                self._rest_until = end + (end - start) * (1 / share - 1)
+                self._rest_until = end + min((end - start) * (1 / share - 1), MAX_PAUSE_S)
 
 
 def _event(after: object) -> Event:
