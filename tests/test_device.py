@@ -249,6 +249,15 @@ def test_paced_copies_use_their_share_and_the_pause_outlives_the_call() -> None:
     assert pauses == [6.0]
 
 
+def test_a_pause_has_an_end_however_small_the_share() -> None:
+    clock, pauses = FakeClock(), list[float]()
+    cuda = Link(clock)
+    pool, host = cuda_pool(cuda, clock=clock, wait=pauses.append), slab(cuda)
+    for page in (0, 1):
+        pool.copy_out([page], host, [page], after=pool.mark(), share=1e-9)
+    assert pauses == [10.0]
+
+
 def test_the_time_until_the_mark_is_not_the_link_s() -> None:
     clock, pauses = FakeClock(), list[float]()
     cuda = Link(clock)

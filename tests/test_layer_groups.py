@@ -231,11 +231,13 @@ def test_nobody_is_shown_pages_before_all_layers_have_come(what: str, monkeypatc
         act = partial(scheduler._suspend, scheduler._running[0]) if what == "suspend" else partial(engine.fork, name)
         thread = threading.Thread(target=act)
         thread.start()
-        thread.join(0.05)
-        assert thread.is_alive(), "it did not wait"
-        assert scheduler._running[0].num_offered == 0
-        late.finish()
-        thread.join(20)
+        try:
+            thread.join(0.05)
+            assert thread.is_alive(), "it did not wait"
+            assert scheduler._running[0].num_offered == 0
+        finally:
+            late.finish()
+            thread.join(20)
         assert not thread.is_alive()
         while engine.has_work:
             engine.step()

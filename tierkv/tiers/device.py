@@ -39,7 +39,7 @@ DTYPES: Final = {
 }
 PACED_BYTES: Final = 8 << 20
 """Copied between two pauses: several times what a copy costs to begin, and little for a load to wait behind."""
-MAX_PAUSE_S: Final = 1.0
+MAX_PAUSE_S: Final = 10.0
 """Between two pieces at most, however small the share: `close` waits for the pause."""
 
 Span = tuple[int, int]
