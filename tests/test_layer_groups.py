@@ -180,10 +180,11 @@ def test_a_request_that_is_ended_while_it_loads_keeps_its_pages_until_all_layers
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The load has answered with its first layers, the engine has not taken that up yet: the pages are still being written."""
-    begun, go_on = threading.Event(), threading.Event()
+    planned, begun, go_on = threading.Event(), threading.Event(), threading.Event()
     copy_in = PagePool.copy_in
 
     def slow(self: PagePool, host: HostSlab, places: Sequence[int], pages: Sequence[int], **how: Any) -> None:
+        assert planned.wait(20)
         if how.get("span") and how["span"][0] > 0:
             begun.set()
             assert go_on.wait(20)
@@ -198,9 +199,9 @@ def test_a_request_that_is_ended_while_it_loads_keeps_its_pages_until_all_layers
         scheduler = engine._core.scheduler
         name = engine.add(PROMPT, GREEDY)
         scheduler.schedule()
+        planned.set()
         assert begun.wait(20)
-        loading = list(scheduler._loading)
-        assert loading, "it has not been taken up"
+        assert scheduler._loading, "it has been taken up"
         held = store.index.room(0)[0]
         engine.abort(name)
         scheduler.settle()
