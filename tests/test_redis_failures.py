@@ -478,8 +478,6 @@ def test_close_waits_for_a_batch_under_way(valkey: EmbeddedValkey, metrics: Metr
         tier = tier_at(between.url, metrics, prefix="closing", deadline_s=10.0)
         assert all(tier.write(run, blocks_of(run)))
         found: list[object] = []
-        with redis.Redis.from_url(valkey.url) as admin:
-            admin.client_kill_filter(_type="normal", skipme=True)
         reader = threading.Thread(target=lambda: found.extend(read_blocks(tier, run.keys)))
         reader.start()
         assert begun.wait(5)
