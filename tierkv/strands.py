@@ -11,7 +11,7 @@ a bytearray with views cannot grow.
 from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 from tierkv.keys import KEY_BYTES, Key
 
@@ -221,7 +221,20 @@ class Strand:
     holds: block offset -> number of leases whose path ends there: keeps blocks in the tree, in no tier.
     """
 
-    __slots__ = ("again", "at", "children", "depth", "holdings", "holds", "keys", "parent", "size", "stamps", "tok")
+    __slots__ = (
+        "again",
+        "at",
+        "children",
+        "depth",
+        "holdings",
+        "holds",
+        "keys",
+        "notes",
+        "parent",
+        "size",
+        "stamps",
+        "tok",
+    )
 
     def __init__(self, parent: "Strand | None", at: int, tok: bytes, size: int, stamp: int, num_tiers: int) -> None:
         self.parent = parent
@@ -232,6 +245,7 @@ class Strand:
         self.keys = bytearray()
         self.stamps = Steps(size, stamp)
         self.again = 0
+        self.notes: Any = None  # the observer's, see tierkv.policies.base.Leaf
         self.children: dict[int, Strand | Fork] | None = None
         self.holds: dict[int, int] | None = None
         self.holdings: list[Holding | None] = [None] * num_tiers

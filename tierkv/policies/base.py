@@ -1,7 +1,11 @@
 """The interface of an eviction policy: one instance per tier, driven by the index under its lock."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from tierkv.hints import NO_HINTS, Ending, Hints
 
 
 class Leaf(Protocol):
@@ -9,6 +13,12 @@ class Leaf(Protocol):
 
     depth: int
     """Blocks on the path before this strand's first."""
+
+    size: int
+    """Its blocks, forgotten ones included."""
+
+    notes: Any  # what the index's observer keeps of it, in its own terms
+    """None until the observer writes it."""
 
     def span(self, tier: int) -> tuple[int, int]:
         """Blocks [lo, hi) of this strand that `tier` may forget now, the tail first; lo == hi: none."""
@@ -25,6 +35,44 @@ class Victim(NamedTuple):
 
     strand: Leaf
     blocks: int
+
+
+@dataclass(slots=True)
+class Use:
+    """One request's use of the index.
+
+    now_s: seconds on a clock that never goes back, of any origin.  num_blocks: whole blocks of the prompt.  num_known: its
+    leading blocks that the index knows, forgotten ones included.  num_held: its leading blocks that some tier held.
+    """
+
+    now_s: float
+    num_blocks: int
+    num_known: int
+    num_held: int
+    hints: Hints = NO_HINTS
+
+
+class Observer(ABC):
+    """Sees how every path is used, forgotten blocks included: what policies that learn have in common. One per index.
+
+    Called under the index's lock, like a policy: pure, and quick.
+    """
+
+    @abstractmethod
+    def arrive(self, path: Sequence[tuple[Leaf, int]], use: Use) -> None:
+        """A request came. path: the strands that its known blocks pass, each with the end of the part used; may be empty."""
+
+    @abstractmethod
+    def extend(self, strand: Leaf, lo: int, hi: int, use: Use) -> None:
+        """Blocks [lo, hi) of the strand are new, and follow the path of the request that came with `use`."""
+
+    @abstractmethod
+    def end(self, path: Sequence[tuple[Leaf, int]], use: Use, ending: Ending, now_s: float) -> None:
+        """The request is over; path: as in `arrive`, all that it covers now."""
+
+    @abstractmethod
+    def gone(self, strand: Leaf, size: int) -> None:
+        """Only the strand's leading `size` blocks are known from now on; 0: none."""
 
 
 class Policy(ABC):
