@@ -122,6 +122,8 @@ def test_every_option_can_be_set_by_file_variable_and_flag() -> None:
 
 EXAMPLES = {
     "store.secret_file": "/s",
+    "store.history_blocks": 1 << 20,
+    "record.path": "/log.jsonl",
     "device.capacity": 1 << 30,
     "disk.path": "/kv",
     "redis.url": "redis://h",

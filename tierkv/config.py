@@ -39,6 +39,7 @@ from tierkv.values import (
 
 DEFAULT_FILE: Final = "tierkv.toml"
 POLICIES: Final = ("lru", "lfu", "cost")
+OBJECTIVES: Final = ("hits", "seconds")
 COPY_DOWNS: Final = ("save", "second_use", "spill")
 CODECS: Final = ("raw", "lz4")
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -71,6 +72,12 @@ class StoreConfig(_Section):
     block_tokens: Annotated[int, POWER_OF_TWO, "tokens per block; part of every key"] = 16
     tenant: Annotated[str, TEXT, "only equal tenants share KV"] = ""
     secret_file: Annotated[Path | None, optional(PATH), "file whose bytes make keys unguessable to other stores"] = None
+    objective: Annotated[
+        str, choice(*OBJECTIVES), "what policies that learn keep most of: block hits, or seconds of prefill saved"
+    ] = "hits"
+    history_blocks: Annotated[
+        int | None, optional(integer(0)), "forgotten blocks that are remembered by name; off: as many as all tiers hold"
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +126,14 @@ class RedisConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecordConfig(_Section):
+    """A log of what was asked for, for `tierkv simulate`: salted digests of blocks, no tokens."""
+
+    path: Annotated[Path | None, optional(PATH), "file to append to; off: nothing is recorded"] = None
+    max_bytes: Annotated[Bytes, SIZE, "bytes of the file at most; then recording ends"] = 1024**3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TransferConfig(_Section):
     """How blocks move between tiers."""
 
@@ -162,6 +177,7 @@ class Config:
     host: HostConfig = field(default_factory=HostConfig)
     disk: DiskConfig = field(default_factory=DiskConfig)
     redis: RedisConfig = field(default_factory=RedisConfig)
+    record: RecordConfig = field(default_factory=RecordConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -238,7 +254,7 @@ class Loaded:
         """The value of `section.key`, as a person may see it: sizes with units, no password."""
         section, key = name.split(".")
         value = getattr(getattr(self.config, section), key)
-        if key == "capacity" and value is not None:
+        if key in ("capacity", "max_bytes") and value is not None:
             return show_size(value)
         if isinstance(value, str | Path):
             return hide_password(str(value)) if key == "url" else str(value)
