@@ -18,7 +18,7 @@ from tierkv.testing import FakeClock
 from tierkv.testing.cuda import FakeCuda, FakeStream
 from tierkv.tiers.device import PACED_BYTES, PagePool, _pieces, page_pool
 from tierkv.tiers.device_calibration import choose_batches, measure
-from tierkv.tiers.device_cuda import Copy, open_cuda
+from tierkv.tiers.device_cuda import Copy, Priority, open_cuda
 
 SIZE = SMALL.block_bytes
 CPU = torch.device("cpu")
@@ -167,22 +167,39 @@ def test_nothing_to_copy_is_no_work(cuda: FakeCuda) -> None:
 # -- streams and events -------------------------------------------------------------------------------------------------
 
 
-def test_a_stream_is_used_again(cuda: FakeCuda) -> None:
+def test_a_stream_is_used_again_and_goes_with_its_pool(cuda: FakeCuda) -> None:
     pool, host = cuda_pool(cuda), slab(cuda)
-    pool.copy_out([0], host, [0], after=pool.mark())
-    streams = len(cuda.streams)
+    others = len(cuda.streams)
     for page in range(8):
         pool.copy_out([page], host, [page], after=pool.mark())
         pool.copy_in(host, [page], [page], after=pool.mark())
-    assert len(cuda.streams) == streams
+    assert len(cuda.streams) == others + 2
+    pool.close()
+    assert (len(cuda.streams), cuda.num_events) == (others, 0)
+
+
+def test_loads_go_before_saves(cuda: FakeCuda) -> None:
+    pool, host = cuda_pool(cuda), slab(cuda)
+
+    def carried() -> dict[Priority, int]:
+        return {stream.priority: stream.num_copies for stream in cuda.streams[1:] if stream.num_copies}
+
+    pool.copy_out([0, 2], host, [0, 3], after=pool.mark())
+    pool.copy_out([0, 2], host, [0, 3], after=pool.mark(), share=0.5)
+    assert carried() == {Priority.LOW: 4}
+    pool.copy_in(host, [0, 3], [1, 5], after=pool.mark())
+    assert carried() == {Priority.LOW: 4, Priority.HIGH: 2}
+    pool.copy_within([1], [6], after=pool.mark())  # a load, too
+    assert carried() == {Priority.LOW: 4, Priority.HIGH: 3}
 
 
 def test_a_call_waits_for_nothing_queued_after_its_mark(cuda: FakeCuda) -> None:
     pool, host = cuda_pool(cuda), slab(cuda)
     filled(pool)
     after = pool.mark()
-    late = cuda.record(cuda.new_stream())
-    cuda.streams[-1].queue.clear()  # the compute stream goes no further
+    never = cuda.new_stream()
+    late = cuda.record(never)
+    never.queue.clear()  # the compute stream goes no further
     cuda.wait(cuda.torch, late)
     pool.copy_out([0], host, [0], after=after)
     pool.copy_in(host, [0], [1], after=after)
@@ -440,15 +457,30 @@ def test_the_fake_refuses_what_cuda_refuses(cuda: FakeCuda) -> None:
     cuda.host_unregister(start)
     with pytest.raises(TierError, match="not registered"):
         cuda.host_unregister(start)
+    cuda.copy(cuda.torch, [Copy(start + 32, other.ctypes.data, 32)])
+    with pytest.raises(AssertionError, match="under a copy"):
+        cuda.host_unregister(start + 32)
+
+
+def test_the_fake_forgets_streams_and_events_that_nobody_holds_and_does_their_work(cuda: FakeCuda) -> None:
+    held = (cuda.new_stream(), cuda.mark())
+    done: list[int] = []
+    cuda.compute(lambda: done.append(1))
+    cuda.record(cuda.new_stream())
+    assert (len(cuda.streams), cuda.num_events) == (2, 1)
+    del held
+    assert (len(cuda.streams), cuda.num_events) == (1, 0)
+    cuda.run_all()
+    assert done == [1]
 
 
 def test_the_fake_says_when_a_host_would_wait_for_ever(cuda: FakeCuda) -> None:
     event = cuda.record(cuda.new_stream())
     cuda.run_all()
     event.wait()
-    stuck = cuda.new_stream()
-    late = cuda.record(cuda.new_stream())
-    cuda.streams[-1].queue.clear()  # what the event was recorded behind is never queued
+    stuck, never = cuda.new_stream(), cuda.new_stream()
+    late = cuda.record(never)
+    never.queue.clear()  # what the event was recorded behind is never queued
     cuda.wait(stuck, late)
     with pytest.raises(TierError, match="for ever"):
         cuda.run_all()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tierkv.errors import TierError
-from tierkv.tiers.device_cuda import Copy, Cuda, open_cuda
+from tierkv.tiers.device_cuda import Copy, Cuda, Priority, open_cuda
 
 DEFAULT_KIND = 4
 
@@ -46,9 +46,9 @@ class Runtime:
 
 
 class Stream:
-    def __init__(self, *, non_blocking: bool) -> None:
+    def __init__(self, *, non_blocking: bool, priority: int) -> None:
         assert non_blocking
-        self.ptr = 70
+        self.ptr, self.priority = 70, priority
 
 
 class Event:
@@ -110,6 +110,12 @@ def test_streams_and_events_go_to_the_device_they_are_of(driver: Driver, monkeyp
         *(here, ("eventRecord", 80, 70)),
         *(here, ("eventSynchronize", 80)),
     ]
+
+
+def test_a_stream_that_goes_first_has_the_lower_number(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = opened(Runtime(), monkeypatch)
+    assert [cuda.new_stream(priority).priority for priority in (Priority.HIGH, Priority.LOW)] == [-5, 0]
+    assert cuda.new_stream().priority == 0  # CUDA's own default
 
 
 def test_a_batch_is_in_stream_order_and_never_too_large(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -359,23 +359,23 @@ def load_waits_for_no_mark(self: CudaPagePool, *args: Any, after: object, **opti
     COPY_IN(self, *args, after=passed(self.cuda), **options)
 
 
-def returns_before_its_event(self: CudaPagePool, copies: Any, after: Any, *, batch: bool) -> None:
-    with self._stream() as stream:
+def returns_before_its_event(self: CudaPagePool, copies: Any, after: Any, *, batch: bool, priority: Any) -> None:
+    with self._stream(priority) as stream:
         self.cuda.wait(stream, after)
         self.cuda.copy(stream, copies)
         self.cuda.record(stream)
 
 
-def event_comes_before_the_copies(self: CudaPagePool, copies: Any, after: Any, *, batch: bool) -> None:
-    with self._stream() as stream:
+def event_comes_before_the_copies(self: CudaPagePool, copies: Any, after: Any, *, batch: bool, priority: Any) -> None:
+    with self._stream(priority) as stream:
         self.cuda.wait(stream, after)
         event = self.cuda.record(stream)
         self.cuda.copy(stream, copies)
         event.wait()
 
 
-def threads_share_an_event(self: Any, copies: Any, after: Any, *, batch: bool) -> None:
-    with self._stream() as stream:
+def threads_share_an_event(self: Any, copies: Any, after: Any, *, batch: bool, priority: Any) -> None:
+    with self._stream(priority) as stream:
         self.cuda.wait(stream, after)
         self.cuda.copy(stream, copies)
         event = self.cuda.record(stream)
@@ -401,8 +401,10 @@ def span_is_forgotten_on_the_host(
         yield copy._replace(target=copy.target - lo) if out else copy._replace(source=copy.source - lo)
 
 
-def a_refused_copy_leaves_others_under_way(self: CudaPagePool, copies: Any, after: Any, *, batch: bool) -> None:
-    with self._stream() as stream:
+def a_refused_copy_leaves_others_under_way(
+    self: CudaPagePool, copies: Any, after: Any, *, batch: bool, priority: Any
+) -> None:
+    with self._stream(priority) as stream:
         self.cuda.wait(stream, after)
         self.cuda.copy(stream, copies)
         self.cuda.record(stream).wait()

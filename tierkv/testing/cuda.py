@@ -11,16 +11,21 @@ Device memory is any memory of this process. Nothing runs before the test steps 
 one piece of work after another, of whichever stream the test's randomness picks, until the event has passed. A copy is torn: its
 halves run apart, and those of a batch in any order. So a wait that is missing somewhere is seen as bytes that are too old or too
 new, for some seed.
+
+Streams and events go with their last reference, as CuPy's do, and are counted: several stores may share one fake device, and what
+one of them leaves behind is seen. Host memory that is unregistered under a queued copy is an AssertionError.
 """
 
 import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Protocol
+from weakref import WeakSet
 
 from tierkv.errors import TierError
-from tierkv.tiers.device_cuda import Copy, Event
+from tierkv.tiers.device_cuda import Copy, Event, Priority
 
 
 class _Work(Protocol):
@@ -33,7 +38,7 @@ class _Work(Protocol):
         """Run a piece of it; True when nothing is left."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class FakeEvent:
     """An event that knows its latest recording, as a CUDA event does."""
 
@@ -95,19 +100,23 @@ class _Copies:
         return not self.parts
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class FakeStream:
-    """Work that runs in order."""
+    """Work that runs in order. number: streams are numbered as they are made.  num_copies: that were queued so far."""
 
+    number: int
+    priority: Priority
     queue: deque[_Work] = field(default_factory=deque)
+    num_copies: int = 0
 
 
 class FakeCuda:
-    """`tierkv.tiers.device_cuda.Cuda`, for tests. Not thread-safe: threads are modelled by `interrupt`.
+    """`tierkv.tiers.device_cuda.Cuda`, for tests. Thread-safe; a test that is to be repeatable models threads by `interrupt`.
 
     choose: returns a number in [0, n).
     interrupt: called in the middle of calls, when randomness says so and never within itself: what another thread does there.
     fail_after: copies from now until one is refused, with those of its call that came before it queued; None: none is.
+    fault: what a refused copy raises.
     pinned: size of what is registered, by address.  memory: what `free_memory` says.
     """
 
@@ -116,58 +125,83 @@ class FakeCuda:
 
     def __init__(self, choose: Callable[[int], int], *, memory: int = 1 << 40) -> None:
         self._choose, self.memory = choose, memory
-        self.streams: list[FakeStream] = []
+        self._lock = RLock()  # held while work runs: other threads come in between calls
+        self._made = 0
+        self._queues: list[deque[_Work]] = []  # a stream's work is done also when the stream is gone
+        self._streams: WeakSet[FakeStream] = WeakSet()
+        self._events: WeakSet[FakeEvent] = WeakSet()
         self.torch = self.new_stream()
         self.pinned: dict[int, int] = {}
         self.allocations: dict[int, int] = {}
         self.interrupt: Callable[[], None] | None = None
         self.fail_after: int | None = None
+        self.fault: Callable[[str], BaseException] = TierError
         self.failed = 0
 
     # -- what a test does -------------------------------------------------------------------------------------------
 
     def compute(self, kernel: Callable[[], None]) -> None:
         """Queue a kernel on torch's current stream."""
-        self.torch.queue.append(_Kernel(kernel))
+        with self._lock:
+            self.torch.queue.append(_Kernel(kernel))
 
     def allocate(self, address: int, size: int) -> None:
         """Make an allocation of device memory known, so that a copy that leaves it is refused."""
-        self.allocations[address] = size
+        with self._lock:
+            self.allocations[address] = size
+
+    @property
+    def streams(self) -> list[FakeStream]:
+        """Those that somebody holds, oldest first; torch's is the first."""
+        return sorted(self._streams, key=lambda stream: stream.number)
+
+    @property
+    def num_events(self) -> int:
+        """Events that somebody holds."""
+        return len(self._events)
 
     @property
     def idle(self) -> bool:
         """Is nothing queued?"""
-        return not any(stream.queue for stream in self.streams)
+        with self._lock:
+            return not any(self._queues)
 
     def step(self) -> None:
         """Run one piece of work, of a stream that may go on. Raises TierError where all wait for each other."""
-        ready = [stream for stream in self.streams if stream.queue and stream.queue[0].ready()]
-        if not ready:
-            raise TierError(
-                "every stream waits for another, or nothing is queued: this host thread would wait for ever"
-            )
-        queue = ready[self._choose(len(ready))].queue
-        if queue[0].run():
-            queue.popleft()
+        with self._lock:
+            ready = [queue for queue in self._queues if queue and queue[0].ready()]
+            if not ready:
+                raise TierError(
+                    "every stream waits for another, or nothing is queued: this host thread would wait for ever"
+                )
+            queue = ready[self._choose(len(ready))]
+            if queue[0].run():
+                queue.popleft()
 
     def run_until(self, recorded: "_Recording") -> None:
         """Run work until a recording has passed."""
-        self.other_threads()
-        while not recorded.passed:
-            self.step()
+        with self._lock:
             self.other_threads()
+            while not recorded.passed:
+                self.step()
+                self.other_threads()
 
     def run_all(self) -> None:
         """Run until nothing is queued."""
-        while not self.idle:
-            self.step()
+        with self._lock:
+            while not self.idle:
+                self.step()
 
     # -- what the device tier calls ---------------------------------------------------------------------------------
 
-    def new_stream(self) -> FakeStream:
+    def new_stream(self, priority: Priority = Priority.LOW) -> FakeStream:
         """As the interface says."""
-        self.streams.append(FakeStream())
-        return self.streams[-1]
+        with self._lock:
+            stream = FakeStream(self._made, priority)
+            self._made += 1
+            self._streams.add(stream)
+            self._queues.append(stream.queue)
+        return stream
 
     def mark(self) -> Event:
         """As the interface says."""
@@ -175,63 +209,82 @@ class FakeCuda:
 
     def record(self, stream: FakeStream) -> Event:
         """As the interface says."""
-        self.other_threads()
-        return self._record(stream)
+        with self._lock:
+            self.other_threads()
+            return self._record(stream)
 
     def _record(self, stream: FakeStream) -> FakeEvent:
-        recorded = _Recording()
-        stream.queue.append(recorded)
-        return FakeEvent(self, recorded)
+        with self._lock:
+            recorded = _Recording()
+            stream.queue.append(recorded)
+            event = FakeEvent(self, recorded)
+            self._events.add(event)
+        return event
 
     def wait(self, stream: FakeStream, event: Event) -> None:
         """As the interface says."""
-        self.other_threads()
-        assert isinstance(event, FakeEvent), "events of this device alone"
-        stream.queue.append(_Wait(event.recorded))
+        with self._lock:
+            self.other_threads()
+            assert isinstance(event, FakeEvent), "events of this device alone"
+            stream.queue.append(_Wait(event.recorded))
 
     def copy(self, stream: FakeStream, copies: Iterable[Copy]) -> None:
         """As the interface says."""
-        for copy in copies:
-            self.other_threads()
-            self._check(copy)
-            stream.queue.append(_Copies(_halves(copy), self._choose))
+        with self._lock:
+            for copy in copies:
+                self.other_threads()
+                self._check(copy)
+                stream.queue.append(_Copies(_halves(copy), self._choose))
+                stream.num_copies += 1
 
     def copy_batch(self, stream: FakeStream, copies: Sequence[Copy]) -> None:
         """As the interface says."""
-        self.other_threads()
-        parts: list[Copy] = []
-        try:
-            for copy in copies:
-                self._check(copy)
-                parts += _halves(copy)
-        finally:
-            if parts:
-                stream.queue.append(_Copies(parts, self._choose))
+        with self._lock:
+            self.other_threads()
+            parts: list[Copy] = []
+            try:
+                for copy in copies:
+                    self._check(copy)
+                    parts += _halves(copy)
+                    stream.num_copies += 1
+            finally:
+                if parts:
+                    stream.queue.append(_Copies(parts, self._choose))
 
     def _check(self, copy: Copy) -> None:
         if self.fail_after is not None:
             self.fail_after -= 1
             if self.fail_after < 0:
                 self.fail_after, self.failed = None, self.failed + 1
-                raise TierError("a seeded fault")
+                raise self.fault("a seeded fault")
         for address in (copy.target, copy.source):
             for start, size in (self.pinned | self.allocations).items():
                 within = start <= address and address + copy.size <= start + size
-                if not within and address < start + size and start < address + copy.size:
+                if not within and _overlap(address, copy.size, start, size):
                     raise TierError(
                         f"invalid argument: {copy.size} bytes leave the registration or allocation they begin in"
                     )
 
     def host_register(self, address: int, size: int) -> None:
         """As the interface says."""
-        if any(start < address + size and address < start + pinned for start, pinned in self.pinned.items()):
-            raise TierError("host memory already registered")
-        self.pinned[address] = size
+        with self._lock:
+            if any(_overlap(address, size, start, pinned) for start, pinned in self.pinned.items()):
+                raise TierError("host memory already registered")
+            self.pinned[address] = size
 
     def host_unregister(self, address: int) -> None:
         """As the interface says."""
-        if self.pinned.pop(address, None) is None:
-            raise TierError("host memory not registered")
+        with self._lock:
+            size = self.pinned.pop(address, None)
+            if size is None:
+                raise TierError("host memory not registered")
+            for copy in self._queued():
+                ends = (copy.target, copy.source)
+                assert not any(_overlap(end, copy.size, address, size) for end in ends), "unregistered under a copy"
+
+    def _queued(self) -> list[Copy]:
+        """Parts of copies that have not run."""
+        return [part for queue in self._queues for work in queue if isinstance(work, _Copies) for part in work.parts]
 
     def free_memory(self) -> int:
         """As the interface says."""
@@ -250,6 +303,10 @@ class FakeCuda:
                 interrupt()
             finally:
                 self.interrupt = interrupt
+
+
+def _overlap(one: int, size: int, other: int, other_size: int) -> bool:
+    return one < other + other_size and other < one + size
 
 
 def _halves(copy: Copy) -> list[Copy]:

@@ -28,7 +28,7 @@ from tierkv.errors import ConfigError, TierError
 from tierkv.layout import Layout
 from tierkv.tiers.base import Slab, Staging
 from tierkv.tiers.device_calibration import choose_batches
-from tierkv.tiers.device_cuda import Copy, Cuda, Event, open_cuda
+from tierkv.tiers.device_cuda import Copy, Cuda, Event, Priority, open_cuda
 
 DTYPES: Final = {
     "float32": torch.float32,
@@ -115,7 +115,7 @@ class CudaPagePool(PagePool):
     """Pages in HBM. Copies run on streams of their own; the calling mover thread sleeps until they are done.
 
     A call has its stream to itself: one that waits for a mark far behind holds up no other, and both directions run together.
-    Streams are kept for the next call, so there are as many as threads have called at once.
+    Streams are kept for the next call, so there are as many as threads have called at once; those of loads go before others.
 
     lead: copies that go one by one before a batch, for the device to work on while the others are prepared.
     calibration: the file where the way of copying is remembered; measured at every start when None.
@@ -137,7 +137,7 @@ class CudaPagePool(PagePool):
     ) -> None:
         self.cuda = cuda
         super().__init__(layout=layout, num_pages=num_pages, device=device)
-        self._streams: SimpleQueue[Any] = SimpleQueue()
+        self._streams: dict[Priority, SimpleQueue[Any]] = {priority: SimpleQueue() for priority in Priority}
         self._pace = _Pace(clock, wait)
         self.batches = choose_batches(
             cuda,
@@ -184,11 +184,11 @@ class CudaPagePool(PagePool):
             return
         copies, batch = self._between(pages, host, places, span, out=True), self.batches and host.pinned
         if share >= 1:
-            self._move(copies, after, batch=batch)
+            self._move(copies, after, batch=batch, priority=Priority.LOW)
             return
         _event(after).wait()  # asleep: what the step takes is not the link's time
         for some in _pieces(copies, PACED_BYTES):
-            self._pace.run(partial(self._move, some, after, batch=batch), share=share)
+            self._pace.run(partial(self._move, some, after, batch=batch, priority=Priority.LOW), share=share)
 
     def copy_in(
         self, host: Staging, places: Sequence[int], pages: Sequence[int], *, after: object, span: Span | None = None
@@ -198,7 +198,7 @@ class CudaPagePool(PagePool):
             return
         # Memory that is not pinned yet is copied the old way, which CUDA stages by itself: a batch gains nothing there.
         batch = self.batches and host.pinned
-        self._move(self._between(pages, host, places, span, out=False), after, batch=batch)
+        self._move(self._between(pages, host, places, span, out=False), after, batch=batch, priority=Priority.HIGH)
 
     def copy_within(self, sources: Sequence[int], pages: Sequence[int], *, after: object) -> None:
         """Copy pages to other pages."""
@@ -207,7 +207,12 @@ class CudaPagePool(PagePool):
         pool, size = self.pool.data_ptr(), self.block_bytes
         runs = _runs(sources, pages, piece=self.num_places)
         copies = [Copy(pool + page * size, pool + source * size, n * size) for source, page, n in runs]
-        self._move(copies, after, batch=False)  # of the few pages that are copied within, none needs it
+        self._move(copies, after, batch=False, priority=Priority.HIGH)  # these few need no batch; a load waits for them
+
+    def close(self) -> None:
+        """As `PagePool.close`, and let go of the streams; no copy may be under way."""
+        super().close()
+        self._streams = {priority: SimpleQueue() for priority in Priority}
 
     def _between(
         self, pages: Sequence[int], host: Staging, places: Sequence[int], span: Span | None, *, out: bool
@@ -221,9 +226,9 @@ class CudaPagePool(PagePool):
             on_device, on_host = pool + page * block, slab + place * stride
             yield Copy(on_host, on_device, count * width) if out else Copy(on_device, on_host, count * width)
 
-    def _move(self, copies: Iterable[Copy], after: object, *, batch: bool) -> None:
+    def _move(self, copies: Iterable[Copy], after: object, *, batch: bool, priority: Priority) -> None:
         """Queue the copies behind a mark, and wait until they are done."""
-        with self._stream() as stream:
+        with self._stream(priority) as stream:
             try:
                 self.cuda.wait(stream, _event(after))
                 if batch:
@@ -239,16 +244,17 @@ class CudaPagePool(PagePool):
                 self.cuda.record(stream).wait()
 
     @contextmanager
-    def _stream(self) -> Iterator[Any]:
+    def _stream(self, priority: Priority) -> Iterator[Any]:
         """A stream that nobody else uses meanwhile."""
+        free = self._streams[priority]
         try:
-            stream = self._streams.get_nowait()
+            stream = free.get_nowait()
         except Empty:
-            stream = self.cuda.new_stream()
+            stream = self.cuda.new_stream(priority)
         try:
             yield stream
         finally:
-            self._streams.put(stream)
+            free.put(stream)
 
 
 class _Pace:

@@ -7,6 +7,7 @@ miss, never a crash.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -20,6 +21,17 @@ _BLACKWELL: Final = 10
 _HOST_POINTERS: Final = 91  # cudaDevAttrCanUseHostPointerForRegisteredMem
 _PORTABLE: Final = 1  # cudaHostRegisterPortable: pinned for every context of the process
 _MAX_BATCH: Final = 256
+
+
+class Priority(Enum):
+    """Which of two streams with work goes first, as CUDA counts: lower numbers first, 0 is the last and everybody's default.
+
+    What lies outside a device's range is taken for the nearest in it. CUDA's manual calls this a hint, and one for kernels only:
+    copies by the DMA engines know no priority, so it counts where a driver copies by a kernel.
+    """
+
+    HIGH = -5
+    LOW = 0
 
 
 class Copy(NamedTuple):
@@ -47,8 +59,8 @@ class Cuda(Protocol):
     name: str
     batches: bool
 
-    def new_stream(self) -> Any:
-        """Return a stream that runs beside all others, also beside the legacy default stream."""
+    def new_stream(self, priority: Priority = Priority.LOW) -> Any:
+        """Return a stream that runs beside all others, also beside the legacy default stream. It goes with its last reference."""
 
     def mark(self) -> Event:
         """Record an event on torch's current stream."""
@@ -69,7 +81,11 @@ class Cuda(Protocol):
         """Queue copies in one call; they run in any order among themselves, in stream order with the rest."""
 
     def host_register(self, address: int, size: int) -> None:
-        """Pin host memory. Slow by the GiB: never on the engine's thread."""
+        """Pin host memory. Slow by the GiB: never on the engine's thread.
+
+        It is the process's: of one that is killed, the kernel unmaps the memory and closes the driver's files, at which the
+        driver lets go of the pages that it held. Nobody has to clean up.
+        """
 
     def host_unregister(self, address: int) -> None:
         """Undo `host_register` of the same address."""
@@ -147,10 +163,10 @@ class CupyCuda:
         except self._runtime.CUDARuntimeError as error:
             raise TierError(f"cuda:{self._ordinal}: {error}") from error
 
-    def new_stream(self) -> Any:
+    def new_stream(self, priority: Priority = Priority.LOW) -> Any:
         """As the interface says."""
         with self.current():
-            return self._cupy.cuda.Stream(non_blocking=True)
+            return self._cupy.cuda.Stream(non_blocking=True, priority=priority.value)
 
     def mark(self) -> Event:
         """As the interface says."""
