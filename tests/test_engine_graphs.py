@@ -37,9 +37,9 @@ class Repeated:
         self._run()
 
 
-def sequences(lengths: list[int], *, seed: int) -> list[Sequence]:
+def sequences(lengths: list[int], *, seed: int, num_pages: int = NUM_PAGES) -> list[Sequence]:
     """Sequences with pages, of which none is in order and none is shared."""
-    pages = list(range(NUM_PAGES))
+    pages = list(range(num_pages))
     Random(seed).shuffle(pages)
     made = []
     for number, (length, prompt) in enumerate(zip(lengths, random_prompts(lengths, seed=seed), strict=True)):

@@ -13,7 +13,7 @@ import torch
 
 from tierkv.engine.packing import Inputs, Packer, batch_of, columns, fields
 from tierkv.engine.scheduler import Work
-from tierkv.engine.staging import Array, Field, Staging, aligned
+from tierkv.engine.staging import Array, Field, Link, Staging, aligned
 from tierkv.kernels.batch import PagedBatch, Span
 
 _STEP: Final = 8
@@ -135,8 +135,10 @@ class DecodeGraphs:
         *,
         max_sequences: int,
         max_context: int,
+        link: Link | None = None,
     ) -> None:
         self._forward, self._packer, self._device, self._make_graph = forward, packer, pool.device, make_graph
+        self._link = link
         self._sizes, self._width = buckets(max_sequences), columns(max_context, pool.shape[4])
         self._tables = torch.zeros((max_sequences + 1, self._width), dtype=torch.int32, device=pool.device)
         self._last = torch.arange(max_sequences, device=pool.device)
@@ -148,14 +150,16 @@ class DecodeGraphs:
         largest, num_words, num_bytes = self._sizes[-1], {}, 1
         for size in reversed(self._sizes):  # what is compiled or allocated at first use must not be in a record
             plans = RecordedPlans(_one_token_each(size), None)
-            inputs, _ = self._lay(Staging(self._device), size, 0)
+            inputs, _ = self._lay(Staging(self._device, link=self._link), size, 0)
             logits = self._compute(size, inputs, _one_token_each(size), plans)
             if size == largest:
                 self._logits = torch.empty_like(logits)
             num_words[size] = plans.num_words
             worst = self._fields(size, plans.num_words, rows=size, width=self._width)
             num_bytes = max(num_bytes, Staging.num_bytes(worst))
-        self._staging = Staging(self._device, num_bytes=num_bytes)  # never outgrown: graphs know its address
+        self._staging = Staging(
+            self._device, num_bytes=num_bytes, link=self._link
+        )  # never outgrown: graphs know its address
         for size in reversed(self._sizes):
             self._record(size, num_words[size])
 
@@ -186,7 +190,7 @@ class DecodeGraphs:
         plans.fill(held, words)
         self._staging.send()
         fresh = laid.device[-1]
-        self._tables[:count, : fresh.shape[1]].copy_(fresh)
+        self._staging.copy(self._tables[:count, : fresh.shape[1]], fresh)
         graph.replay()
         return self._logits[:count]
 

@@ -14,7 +14,7 @@ from tierkv.arrival import Arrival
 from tierkv.engine.graphs import DecodeGraphs, GraphFactory
 from tierkv.engine.packing import Inputs, Packer, batch_of, fields
 from tierkv.engine.scheduler import Work
-from tierkv.engine.staging import Staging
+from tierkv.engine.staging import Link, Staging
 from tierkv.errors import ModelError
 from tierkv.kernels.attention import paged_attention
 from tierkv.kernels.batch import PagedBatch
@@ -59,14 +59,17 @@ class Runner:
     """A model on a page pool. pool: `[num_pages, num_layers, 2, num_kv_heads, block_tokens, head_dim]`.
 
     Nothing in a step waits for the device. graphs: made by `use_graphs`; None while every step runs as it comes.
+    link: as of `Staging`.
     """
 
-    def __init__(self, model: Any, pool: torch.Tensor) -> None:  # Any: transformers is untyped here
+    def __init__(
+        self, model: Any, pool: torch.Tensor, *, link: Link | None = None
+    ) -> None:  # Any: transformers is untyped here
         self._model, self._pool = model, pool
         self._layers = list(pool.unbind(1))
         self._is_first = True
         self._packer = Packer(pool.shape[4])
-        self._staging = Staging(pool.device)
+        self._staging, self._link = Staging(pool.device, link=link), link
         self._scratch: list[torch.Tensor] = []
         self.graphs: DecodeGraphs | None = None
         self.num_replays = 0
@@ -75,7 +78,13 @@ class Runner:
     def use_graphs(self, make_graph: GraphFactory, *, max_sequences: int, max_context: int) -> None:
         """Record decode steps, to be replayed from now on. Raises RuntimeError where the model cannot be recorded."""
         graphs = DecodeGraphs(
-            self._forward, self._packer, self._pool, make_graph, max_sequences=max_sequences, max_context=max_context
+            self._forward,
+            self._packer,
+            self._pool,
+            make_graph,
+            max_sequences=max_sequences,
+            max_context=max_context,
+            link=self._link,
         )
         graphs.record()
         self.graphs = graphs

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from itertools import cycle
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,16 +25,81 @@ class Laid(NamedTuple):
     device: tuple[torch.Tensor, ...]
 
 
+class Passed(Protocol):
+    """A point in the order of a link's copies, recorded again and again."""
+
+    def record(self) -> None:
+        """Take the point after all that was queued so far."""
+
+    def wait(self) -> None:
+        """Block the calling thread until the point that was taken last has passed; at once where none was."""
+
+
+class Link(Protocol):
+    """The way from memory of the host to memory of a device. What is queued runs in the order of torch's current stream."""
+
+    def on_host(self, num_bytes: int) -> torch.Tensor:
+        """Memory that copies read while the host goes on; uint8."""
+
+    def on_device(self, num_bytes: int) -> torch.Tensor:
+        """Memory of the device; uint8."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a copy, to the device or within it. Nobody waits."""
+
+    def passed(self) -> Passed:
+        """A point to wait for."""
+
+
+class CudaLink:
+    """The link of a CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def on_host(self, num_bytes: int) -> torch.Tensor:
+        """Pinned."""
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def on_device(self, num_bytes: int) -> torch.Tensor:
+        """Of torch's allocator."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """By torch."""
+        target.copy_(source, non_blocking=True)
+
+    def passed(self) -> "_CudaPassed":
+        """An event that a waiting thread sleeps on."""
+        return _CudaPassed(self._device)
+
+
+class _CudaPassed:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch's
+
+    def record(self) -> None:
+        """On torch's current stream."""
+        self._event.record(torch.cuda.current_stream(self._device))
+
+    def wait(self) -> None:
+        """As the interface says."""
+        self._event.synchronize()
+
+
 class Staging:
-    """Memory for one step after the other. One thread; copies are queued on torch's current stream.
+    """Memory for one step after the other. One thread.
 
     The device has one piece: a copy into it waits, in its stream, for the step before. The host has a ring of pinned pieces,
     and takes one again once the copy out of it has been made. That is so without a wait after a step whose sampled tokens
     were read; a row of prefill chunks, of which nothing is read, ends up waiting for the chunk three before.
+
+    link: to the device's memory; None: CUDA's for a CUDA device, and for a CPU none, whose memory is the host's.
     """
 
-    def __init__(self, device: torch.device, *, num_bytes: int = _LEAST) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, *, num_bytes: int = _LEAST, link: Link | None = None) -> None:
+        self._link = CudaLink(device) if link is None and device.type == "cuda" else link
         self._grow(num_bytes)
 
     def lay(self, fields: Sequence[Field]) -> Laid:
@@ -66,23 +131,24 @@ class Staging:
     def send(self) -> None:
         """Copy what was laid last to the device."""
         piece = self._piece
-        if piece.copied is not None:
-            self._target[: piece.used].copy_(piece.bytes[: piece.used], non_blocking=True)
-            piece.copied.record(torch.cuda.current_stream(self._device))
+        if self._link is not None and piece.copied is not None:
+            self._link.copy(self._target[: piece.used], piece.bytes[: piece.used])
+            piece.copied.record()
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy within the device's memory, after what was sent."""
+        if self._link is None:
+            target.copy_(source)
+        else:
+            self._link.copy(target, source)
 
     def _grow(self, num_bytes: int) -> None:
-        if self._device.type == "cuda":
-            self._target = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-            pieces = [
-                _Piece(
-                    torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True),
-                    torch.cuda.Event(blocking=True),  # type: ignore[no-untyped-call]  # torch's
-                )
-                for _ in range(_RING)
-            ]
-        else:
+        if self._link is None:
             self._target = torch.empty(num_bytes, dtype=torch.uint8)
             pieces = [_Piece(self._target, None)]
+        else:
+            self._target = self._link.on_device(num_bytes)
+            pieces = [_Piece(self._link.on_host(num_bytes), self._link.passed()) for _ in range(_RING)]
         self._ring = cycle(pieces)
 
 
@@ -104,13 +170,13 @@ def _views(memory: torch.Tensor, fields: Sequence[Field]) -> Iterator[torch.Tens
 
 
 class _Piece:
-    """Memory of the host; `copied` is the event of the copy out of it, None where the device reads it in place."""
+    """Memory of the host; `copied` is the end of the copy out of it, None where the device reads it in place."""
 
-    def __init__(self, memory: torch.Tensor, copied: "torch.cuda.Event | None") -> None:
+    def __init__(self, memory: torch.Tensor, copied: Passed | None) -> None:
         self.bytes, self.copied = memory, copied
         self.views: dict[tuple[Field, ...], Laid] = {}
         self.used = 0
 
     def wait(self) -> None:
         if self.copied is not None:
-            self.copied.synchronize()  # returns at once for an event that was never recorded
+            self.copied.wait()

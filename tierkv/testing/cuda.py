@@ -126,6 +126,7 @@ class FakeCuda:
     def __init__(self, choose: Callable[[int], int], *, memory: int = 1 << 40) -> None:
         self._choose, self.memory = choose, memory
         self._lock = RLock()  # held while work runs: other threads come in between calls
+        self._running = False
         self._made = 0
         self._queues: list[deque[_Work]] = []  # a stream's work is done also when the stream is gone
         self._streams: WeakSet[FakeStream] = WeakSet()
@@ -175,8 +176,12 @@ class FakeCuda:
                     "every stream waits for another, or nothing is queued: this host thread would wait for ever"
                 )
             queue = ready[self._choose(len(ready))]
-            if queue[0].run():
-                queue.popleft()
+            self._running = True
+            try:
+                if queue[0].run():
+                    queue.popleft()
+            finally:
+                self._running = False
 
     def run_until(self, recorded: "_Recording") -> None:
         """Run work until a recording has passed."""
@@ -185,6 +190,12 @@ class FakeCuda:
             while not recorded.passed:
                 self.step()
                 self.other_threads()
+
+    def catch_up(self) -> None:
+        """Run work until what is on torch's stream so far is done, as before a kernel that runs at once."""
+        with self._lock:
+            if not self._running:  # within a kernel, all before it is done
+                self.run_until(self.mark().recorded)
 
     def run_all(self) -> None:
         """Run until nothing is queued."""
@@ -203,11 +214,11 @@ class FakeCuda:
             self._queues.append(stream.queue)
         return stream
 
-    def mark(self) -> Event:
+    def mark(self) -> FakeEvent:
         """As the interface says."""
         return self._record(self.torch)
 
-    def record(self, stream: FakeStream) -> Event:
+    def record(self, stream: FakeStream) -> FakeEvent:
         """As the interface says."""
         with self._lock:
             self.other_threads()
