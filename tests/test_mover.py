@@ -37,6 +37,14 @@ def test_an_empty_lane_takes_a_job_larger_than_its_limit(mover: Mover) -> None:
     assert mover.submit("save", lambda: None, blocks=1) is None
 
 
+def test_a_lane_is_idle_until_a_job_is_queued_and_after_it_ran(mover: Mover, steps: StepExecutor) -> None:
+    assert mover.is_idle("save")
+    mover.submit("save", lambda: None, blocks=1)
+    assert not mover.is_idle("save")
+    steps.step()
+    assert mover.is_idle("save")
+
+
 def test_queue_depth_is_a_gauge(steps: StepExecutor) -> None:
     metrics = Metrics()
     mover = Mover({"save": LaneSpec(1, 10)}, metrics=metrics, executor=lambda name, spec: steps)

@@ -127,6 +127,10 @@ class Mover:
         future.add_done_callback(lambda done: self._finished(lane, done, blocks))
         return future
 
+    def is_idle(self, lane_name: str) -> bool:
+        """Nothing waits in the lane, and nothing of it is under way. A hint: a job may come any moment."""
+        return not self._lanes[lane_name].futures
+
     def _finished(self, lane: _Lane, future: "Future[T]", blocks: int) -> None:
         with self._lock:
             lane.blocks -= blocks
