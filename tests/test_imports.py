@@ -126,7 +126,9 @@ RULES: dict[str, Callable[[Use], bool]] = {
     ),
     "index and mover: known to the store alone": lambda use: (
         use.of("tierkv.index", "tierkv.mover")
-        and not within(use.module, *STORE, *INDEX, "tierkv.mover", "tierkv.testing", "tierkv.measure")
+        and not within(
+            use.module, *STORE, *INDEX, "tierkv.mover", "tierkv.testing", "tierkv.measure", "tierkv.simulate"
+        )
     ),
     "kernels: torch and triton only": lambda use: (
         within(use.module, "tierkv.kernels") and foreign(use, "torch", "triton", "numpy", "tierkv.kernels")

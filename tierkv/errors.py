@@ -45,3 +45,7 @@ class RequestError(TierKVError):
 
 class ModelError(TierKVError):
     """A model that cannot be loaded or cannot run on paged attention."""
+
+
+class TraceError(TierKVError):
+    """A request trace that cannot be read: `file:line`, what is there, what was expected."""

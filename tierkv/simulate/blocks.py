@@ -1,0 +1,60 @@
+"""Ids of blocks: chained, 8 bytes each. Whatever a trace calls its blocks, equal ids mean equal prompts up to there."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+Ids = npt.NDArray[np.uint64]
+
+STEP: Final = np.uint64(0x9E3779B97F4A7C15)
+FIRST: Final = np.uint64(0xBF58476D1CE4E5B9)
+SECOND: Final = np.uint64(0x94D049BB133111EB)
+
+
+def chained(ids: Ids, *, seed: int = 0) -> bytes:
+    """Ids that name each block and all before it, as bytes.
+
+    Ids that are chained already stay as distinct as they were, so this is safe for any trace. A sum over mixed pairs of
+    position and id, mixed once more: two different prefixes of a trace of 10**8 blocks meet with a chance of 3e-4.
+    seed: prompts of different seeds have nothing in common.
+    """
+    if not len(ids):
+        return b""
+    positions = np.arange(1, len(ids) + 1, dtype=np.uint64) * STEP
+    return _mixed(np.cumsum(_mixed(_mixed(ids ^ np.uint64(seed)) + positions), dtype=np.uint64)).astype("<u8").tobytes()
+
+
+def _mixed(values: Ids) -> Ids:
+    """Spread every bit over all others (splitmix64: Steele, Lea & Flood, OOPSLA'14)."""
+    values = (values ^ (values >> np.uint64(30))) * FIRST
+    values = (values ^ (values >> np.uint64(27))) * SECOND
+    return values ^ (values >> np.uint64(31))
+
+
+def numbers(ids: Sequence[Any]) -> Ids:
+    """A trace's ids as 64-bit numbers: whole numbers of any size as they are, texts by their hash.
+
+    Raises TypeError for anything else, and names it.
+    """
+    if set(map(type, ids)) <= {int}:
+        try:
+            return np.array(ids, dtype=np.int64).view(np.uint64)
+        except OverflowError:
+            pass
+    return np.array([_number(each) for each in ids], dtype=np.uint64)
+
+
+def _number(given: object) -> int:
+    if type(given) is int:
+        return given % 2**64 if -(2**63) <= given < 2**64 else hashed(str(given))
+    if type(given) is str:
+        return hashed(given)
+    raise TypeError(f"{given!r} among the ids")
+
+
+def hashed(text: str) -> int:
+    """A 64-bit number for a text."""
+    return xxhash.xxh3_64_intdigest(text.encode())
