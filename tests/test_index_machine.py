@@ -1,7 +1,7 @@
 """The index against a model of dicts, driven by Hypothesis; and planted faults, which the same machine must catch."""
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -19,9 +19,11 @@ from hypothesis.stateful import (
 from tierkv import lease as lease_module
 from tierkv import strands, tree
 from tierkv.cost import CostModel
+from tierkv.hints import Ending, Hints, Next
 from tierkv.index import Copy, Index, Lease, Reservation, TierSpec
 from tierkv.keys import Key, chain
 from tierkv.policies import make
+from tierkv.policies.base import Leaf, Observer, Use
 from tierkv.policies.lru import LruPolicy
 from tierkv.tiers.base import Run
 
@@ -65,23 +67,69 @@ def above(path: Path) -> Iterator[Path]:
     return (path[:size] for size in range(2, len(path) + 1))
 
 
-def held_by(index: Index) -> list[dict[Path, int | None]]:
-    """What each tier holds, by a walk that shares no code with the index."""
-    found: list[dict[Path, int | None]] = [{} for _ in TIERS]
+def strands_of(index: Index) -> Iterator[tuple[strands.Strand, list[Path]]]:
+    """Every strand with the path of each of its blocks, by a walk that shares no code with the index."""
     stack: list[tuple[strands.Strand, Path]] = []
     for key, root in index._tree.roots.items():
         stack += [(child, (key,)) for child in root.offspring()]
     while stack:
         strand, prefix = stack.pop()
         own = path_of(prefix[0], bytes(strand.tok))[1:]
+        yield strand, [prefix + own[: at + 1] for at in range(strand.size)]
+        stack += [(child, prefix + own[: child.at]) for child in strand.offspring()]
+
+
+def held_by(index: Index) -> list[dict[Path, int | None]]:
+    """What each tier holds."""
+    found: list[dict[Path, int | None]] = [{} for _ in TIERS]
+    for strand, paths in strands_of(index):
         for tier, holding in enumerate(strand.holdings):
             for at, state in enumerate(holding.state if holding else b""):
                 if state == strands.HELD and holding:
-                    path = prefix + own[: at + 1]
-                    assert path not in found[tier], "a path exists twice"
-                    found[tier][path] = holding.places[at] if holding.places is not None else None
-        stack += [(child, prefix + own[: child.at]) for child in strand.offspring()]
+                    assert paths[at] not in found[tier], "a path exists twice"
+                    found[tier][paths[at]] = holding.places[at] if holding.places is not None else None
     return found
+
+
+def strand_path(strand: Any, end: int) -> Path:
+    own = tuple(bytes(strand.tok[at : at + BLOCK_BYTES]) for at in range(0, end * BLOCK_BYTES, BLOCK_BYTES))
+    if strand.parent is None:
+        return (Key(bytes(strand.keys)),)
+    return strand_path(strand.parent, strand.at) + own
+
+
+class Recorder(Observer):
+    """Writes down what it is told, and what it must take to be known, in the strands' notes too."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+        self.known: dict[Leaf, dict[int, Path]] = {}
+
+    def arrive(self, path: Sequence[tuple[Leaf, int]], use: Use) -> None:
+        for strand, end in path:
+            self._see(strand, 0, end)
+        self.told.append(("arrive", [strand_path(strand, end) for strand, end in path], use))
+
+    def extend(self, strand: Leaf, lo: int, hi: int, use: Use) -> None:
+        assert lo < hi == strand.size
+        self._see(strand, lo, hi)
+        self.told.append(("extend", [strand_path(strand, at + 1) for at in range(lo, hi)], use))
+
+    def end(self, path: Sequence[tuple[Leaf, int]], use: Use, ending: Ending, now_s: float) -> None:
+        self.told.append(("end", [strand_path(strand, end) for strand, end in path], use, ending, now_s))
+
+    def gone(self, strand: Leaf, size: int) -> None:
+        assert size == strand.size and strand.notes is self.known.get(strand)
+        self.known[strand] = strand.notes = {at: path for at, path in (strand.notes or {}).items() if at < size}
+
+    def _see(self, strand: Leaf, lo: int, hi: int) -> None:
+        assert hi <= strand.size and strand.notes is self.known.get(strand)
+        strand.notes = self.known.setdefault(strand, {})
+        strand.notes.update({at: strand_path(strand, at + 1) for at in range(lo, hi) if at not in strand.notes})
+
+    def take(self) -> list[Any]:
+        told, self.told = self.told, []
+        return told
 
 
 class Promise:
@@ -98,8 +146,11 @@ class IndexMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        specs = [TierSpec(f"t{tier}", CAPACITY[tier], PLACED[tier], self.policy(tier)) for tier in TIERS]
-        self.index = Index(block_tokens=BLOCK_TOKENS, tiers=specs)
+        self.index = self.new_index(0)
+        self.recorder = Recorder()
+        self.history_blocks = 0
+        self.now_s = 0.0
+        self.seen: set[Path] = set()  # what the recorder was told of
         self.held: list[dict[Path, int | None]] = [{} for _ in TIERS]
         self.stamps: dict[Path, int] = {}
         self.uses: dict[Path, int] = {}
@@ -109,6 +160,10 @@ class IndexMachine(RuleBasedStateMachine):
         self.past: list[Any] = []  # the last prompts: worth asking for again
         self.clock = 0
         self.failed = True  # until an invariant has said otherwise
+
+    def new_index(self, history_blocks: int, observer: Observer | None = None) -> Index:
+        specs = [TierSpec(f"t{tier}", CAPACITY[tier], PLACED[tier], self.policy(tier)) for tier in TIERS]
+        return Index(block_tokens=BLOCK_TOKENS, tiers=specs, observer=observer, history_blocks=history_blocks)
 
     # -- the model -------------------------------------------------------------------------------------------------
 
@@ -142,16 +197,10 @@ class IndexMachine(RuleBasedStateMachine):
             ends.append((promise.path, list(lease_module.BITS[promise.lease._tiers])))
             head = promise.lease.head
             if head:
-                ends.append((self.strand_path(head.strand, head.block + 1), [promise.lease._head_tier]))
+                ends.append((strand_path(head.strand, head.block + 1), [promise.lease._head_tier]))
         for copy, path in self.copies:
             ends.append((path[: copy.blocks[-1] + 2], [copy.tier]))
         return ends
-
-    def strand_path(self, strand: strands.Strand, end: int) -> Path:
-        own = tuple(bytes(strand.tok[at : at + BLOCK_BYTES]) for at in range(0, end * BLOCK_BYTES, BLOCK_BYTES))
-        if strand.parent is None:
-            return (Key(bytes(strand.keys)),)
-        return self.strand_path(strand.parent, strand.at) + own
 
     def pending(self, tier: int) -> set[Path]:
         return {path[: block + 2] for copy, path in self.copies if copy.tier == tier for block in copy.blocks}
@@ -182,15 +231,43 @@ class IndexMachine(RuleBasedStateMachine):
             del self.held[tier][possible[0]]
             order.append(possible[0])
         assert len(order) == len(gone), "forgot another number of blocks than it says"
-        self.in_tree()
+        self.settle()
         return order
 
-    def in_tree(self) -> set[Path]:
-        kept = {part for path, _ in self.ends() for part in above(path)}
-        kept |= {part for held in self.held for path in held for part in above(path)}
-        for part in self.stamps.keys() - kept:
+    def settle(self) -> set[Path]:
+        """Forget in the model the history that the index forgot: the oldest, none too many. Returns all that is known."""
+        needed = {part for path, _ in self.ends() for part in above(path)}
+        needed |= {part for held in self.held for path in held for part in above(path)}
+        known = {path for _, paths in strands_of(self.index) for path in paths}
+        assert needed <= known <= self.stamps.keys(), "what something needs is not known, or what was never used is"
+        gone, past = self.stamps.keys() - known, known - needed
+        assert len(past) <= self.history_blocks, "too much history"
+        if gone and self.history_blocks:
+            assert len(past) == self.history_blocks, "history went in spite of room"
+            assert max(self.stamps[part] for part in gone) <= min(self.stamps[part] for part in past), (
+                "newer history went"
+            )
+        for part in gone:
             del self.stamps[part], self.uses[part]
-        return kept
+        self.seen &= known
+        return known
+
+    def known(self, path: Path) -> Path:
+        size = 1
+        while size < len(path) and path[: size + 1] in self.stamps:
+            size += 1
+        return path[:size]
+
+    def told(self, *events: Any) -> None:
+        """The recorder was told this since it was last asked, and no more."""
+        found = self.recorder.take()
+        assert [event[0] for event in found] == [event[0] for event in events]
+        for (kind, paths, *rest), (_, path, *expected) in zip(found, events, strict=True):
+            assert rest == expected
+            if kind == "extend":
+                assert paths == path
+            else:
+                assert (paths[-1] if paths else path[:1]) == path and all(part == path[: len(part)] for part in paths)
 
     def after_evictions(self, tier: int, evicted: int, victims: list[Key]) -> None:
         gone = self.follow_eviction(tier, evicted)
@@ -254,9 +331,13 @@ class IndexMachine(RuleBasedStateMachine):
 
     # -- rules -----------------------------------------------------------------------------------------------------
 
-    @initialize(shape=st.sampled_from(SHAPES), keep=st.booleans(), less=st.integers(0, 2))
-    def begin(self, shape: list[list[tuple[int, ...]]], keep: bool, less: int) -> None:
+    @initialize(
+        shape=st.sampled_from(SHAPES), keep=st.booleans(), less=st.integers(0, 2), history=st.sampled_from([0, 2, 5])
+    )
+    def begin(self, shape: list[list[tuple[int, ...]]], keep: bool, less: int, history: int) -> None:
         """Start where chance alone seldom gets: branches of branches, and paths of different age."""
+        self.history_blocks = history
+        self.index = self.new_index(history, self.recorder)
         for blocks in shape:
             self.acquire_these(ROOTS[0], blocks, ())
             promise = self.leases[-1]
@@ -287,8 +368,13 @@ class IndexMachine(RuleBasedStateMachine):
         if root == ROOTS[0]:
             self.past = [*self.past[-4:], blocks]
         tokens = tokens_of(blocks, tail)
-        lease = self.index.acquire(root, tokens)
-        hit = self.hit(path_of(root, tokens))
+        path = path_of(root, tokens)
+        hit, known = self.hit(path), self.known(path)
+        hints = Hints(session="one", priority=len(blocks))
+        lease = self.index.acquire(root, tokens, now_s=self.now_s, hints=hints)
+        self.told(("arrive", known, Use(self.now_s, len(path) - 1, len(known) - 1, len(hit) - 1, hints)))
+        self.seen.update(above(known))
+        self.touch(known, used=False)
         self.touch(hit)
         assert lease.num_blocks == len(hit) - 1
         shared = self.head_tokens(hit, tokens[lease.num_blocks * BLOCK_BYTES :])
@@ -325,10 +411,29 @@ class IndexMachine(RuleBasedStateMachine):
             if mine:
                 self.held[0][part] = place
         self.index.free(0, [place for place, mine in zip(got.places, taken, strict=True) if not mine])
-        if got.count:
+        self.extended(promise, path, start)
+        self.renew(promise)
+
+    def extended(self, promise: Promise, path: Path, start: int) -> None:
+        """The observer hears of what is new of the path, which is used from block `start` on."""
+        new = [part for part in above(path) if part not in self.stamps]
+        self.told(*([("extend", new, promise.lease.use)] if new and promise.lease.use else ()))
+        if promise.lease.use:
+            self.seen.update(new)
+        if len(path) - 1 > start:
             self.touch(path, start)
         promise.path = path
-        self.renew(promise)
+
+    @precondition(lambda self: self.leases)
+    @rule(which=any_of, following=st.sampled_from(Next), passed_s=st.integers(-2, 5))
+    def end(self, which: int, following: Next, passed_s: int) -> None:
+        """A request is over; its blocks stay for now. A clock that goes back stands still."""
+        promise = self.pick(which)
+        ending = Ending(next=following)
+        self.index.end(promise.lease, ending, now_s=self.now_s + passed_s)
+        self.now_s += max(0, passed_s)
+        use = promise.lease.use
+        self.told(*([("end", promise.path, use, ending, self.now_s)] if use else ()))
 
     @precondition(lambda self: self.leases)
     @rule(which=any_of, blocks=blocks_of, known=st.booleans())
@@ -339,9 +444,7 @@ class IndexMachine(RuleBasedStateMachine):
         path = promise.path + path_of(promise.path[0], tokens)[1:]
         keys = [key_of(path[: size + 1]) for size in range(len(promise.path), len(path))]
         assert not any(self.index.extend(promise.lease, tokens, keys=keys if known else None))
-        if tokens:
-            self.touch(path, len(promise.path) - 1)
-        promise.path = path
+        self.extended(promise, path, len(promise.path) - 1)
         self.renew(promise)
 
     @precondition(lambda self: self.leases and len(self.copies) < 3)
@@ -394,6 +497,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.leases.remove(promise)
         promise.lease.release()
         promise.lease.release()
+        self.settle()
 
     @precondition(lambda self: self.leases and len(self.leases) < 5)
     @rule(which=any_of, tier=st.sampled_from(TIERS), part=st.booleans(), lo=any_of, less=st.integers(0, 2))
@@ -421,6 +525,7 @@ class IndexMachine(RuleBasedStateMachine):
         promise.path = promise.path[: count + 1]
         promise.kept = {}
         assert promise.lease.head is None
+        self.settle()
         self.renew(promise)
 
     @precondition(lambda self: self.leases)
@@ -442,7 +547,7 @@ class IndexMachine(RuleBasedStateMachine):
         head = promise.lease.head
         limit = promise.lease.num_blocks + (1 if head else 0)
         bad = {at for at in bad if at < limit}
-        head_path = self.strand_path(head.strand, head.block + 1) if head else ()
+        head_path = strand_path(head.strand, head.block + 1) if head else ()
         path = promise.path
         places = self.limbo(tier)
         self.index.drop(tier, promise.lease, sorted(bad))
@@ -486,7 +591,7 @@ class IndexMachine(RuleBasedStateMachine):
         leases = self.index.spill(tier, below, n)
         paths = []
         for lease in leases:
-            path = self.strand_path(lease._strand, lease._end)
+            path = strand_path(lease._strand, lease._end)
             paths += [path[: at + 2] for at in range(lease.lo, lease.num_blocks)]
             self.leases.append(Promise(lease, path))
             self.leases[-1].kept = {
@@ -519,7 +624,7 @@ class IndexMachine(RuleBasedStateMachine):
         order.shuffle(runs)
         by_key = {key_of(path): path for path in paths}
         room = self.free_room(2)
-        known = self.in_tree()
+        known = self.settle()
         orphans = {key for run in self.index.restore(2, runs) for key in run.keys}
         now = held_by(self.index)[2]
         for run in runs:
@@ -567,7 +672,9 @@ class IndexMachine(RuleBasedStateMachine):
         assert held_by(self.index) == self.held
         self.index.check([promise.lease for promise in self.leases], [copy for copy, _ in self.copies])
         stats = self.index.stats()
-        assert stats.num_blocks == len(self.in_tree())
+        assert stats.num_blocks == len(self.settle())
+        assert {path for paths in self.recorder.known.values() for path in paths.values()} == self.seen
+        assert not self.recorder.take(), "told of a use that was none"
         assert stats.num_leases == len(self.leases)
         for tier in TIERS:
             assert stats.tiers[tier].held == len(self.held[tier])
@@ -593,7 +700,8 @@ class IndexMachine(RuleBasedStateMachine):
             self.index.evict(tier)
         self.index.check([])
         stats = self.index.stats()
-        assert stats.num_blocks == stats.num_strands == 0 and not self.index._tree.roots
+        assert stats.num_blocks == stats.num_past == min(self.history_blocks, stats.num_blocks)
+        assert self.history_blocks or (stats.num_strands == 0 and not self.index._tree.roots)
         assert all(tier.used == 0 for tier in stats.tiers)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from tierkv.keys import KEY_BYTES
 from tierkv.lease import BITS, Copy, Lease
-from tierkv.strands import HELD, PENDING, Fork, Holding, Steps, Strand
+from tierkv.strands import HELD, HISTORY, PENDING, Fork, Holding, Steps, Strand
 from tierkv.tree import Tree
 
 
@@ -16,8 +16,10 @@ def check(tree: Tree, leases: list[Lease] | None, copies: list[Copy]) -> None:
     strands = list(tree.strands())
     assert tree.num_strands == len(strands) == len(set(strands))
     assert tree.num_blocks == sum(strand.size for strand in strands)
+    assert tree.num_past == sum(strand.past for strand in strands) <= tree.history_blocks
     for key, root in tree.roots.items():
-        assert bytes(root.keys) == key and root.size == 0 and (root.children or root.holds)
+        assert bytes(root.keys) == key and root.size == root.past == 0 and (root.children or root.holds)
+        _check_forks(tree, root)
         assert not any(root.holdings)
     digests: dict[Strand, list[bytes]] = {root: [bytes(root.keys)] for root in tree.roots.values()}
     for strand in strands:
@@ -45,13 +47,24 @@ def _check_strand(tree: Tree, strand: Strand) -> None:
     assert strand.stamps.check() == strand.size and strand.stamp(0) <= tree.clock
     assert parent.parent is None or parent.stamp(strand.at - 1) >= strand.stamp(0), "a stamp rises"
     assert 0 <= strand.again <= strand.size
-    for at, found in children.items():
-        assert 0 < at <= strand.size
+    assert all(0 < at <= strand.size for at in children)
+    _check_forks(tree, strand)
+    tops = [len(holding.state) for holding in strand.holdings if holding]
+    needed = [child.at for child in strand.offspring() if child.needed]
+    assert strand.size - strand.past == max([*tops, *(strand.holds or ()), *needed, 0]), (
+        "history is not what nothing needs"
+    )
+    lo, hi = strand.span(HISTORY)
+    assert lo == hi or strand in tree.history._live, "history that never goes"
+
+
+def _check_forks(tree: Tree, strand: Strand) -> None:
+    for at, found in (strand.children or {}).items():
         if isinstance(found, Fork):
             assert found.order == sorted(found.by_first) and found.by_first
-            assert all(child.at == at and bytes(child.tok[:size]) == first for first, child in found.by_first.items())
-    tops = [len(holding.state) for holding in strand.holdings if holding]
-    assert strand.size == max([*tops, *(strand.holds or ()), *children]), "a ghost that nothing needs, or a cut too far"
+            assert found.needed == sum(child.needed for child in found.by_first.values())
+            for first, child in found.by_first.items():
+                assert child.at == at and bytes(child.tok[: tree.block_bytes]) == first
 
 
 def _check_keys(tree: Tree, strand: Strand, digests: dict[Strand, list[bytes]]) -> None:
@@ -130,10 +143,10 @@ def _places(holding: Holding) -> list[int]:
 
 
 def memory_bytes(tree: Tree) -> int:
-    """Bytes of all strands and of what hangs on them: objects with their headers, numbers, dict tables."""
+    """Bytes of all strands, of what hangs on them and of the order of history: objects, numbers, dict tables."""
     seen: set[int] = set()
     total = 0
-    stack: list[object] = [tree.roots]
+    stack: list[object] = [tree.roots, tree.history._heap, tree.history._live]
     while stack:
         thing = stack.pop()
         if id(thing) in seen or thing is None:

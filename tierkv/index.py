@@ -6,7 +6,8 @@
     spill, evict, drop     what to copy down next; what to forget
 
 Every public method takes the lock itself and does nothing slow inside: no I/O, no hashing. Whatever happens between two
-steps leaves a miss: a copy that is never committed is a block the tier does not hold. No clock but a count of uses.
+steps leaves a miss: a copy that is never committed is a block the tier does not hold. No clock but a count of uses; times
+are what callers tell.
 Structure: strands.py, tree.py; invariants: audit.py; figures: bench/bench_index.py.
 """
 
@@ -15,8 +16,10 @@ from dataclasses import dataclass
 from threading import Lock
 
 from tierkv import audit
+from tierkv.hints import NO_HINTS, Ending, Hints
 from tierkv.keys import Key, chain
 from tierkv.lease import MAX_TIERS, Copy, Head, Lease, Match, Reservation, ranges
+from tierkv.policies.base import Observer, Use
 from tierkv.recovery import Recovery
 from tierkv.rooms import Room, TierSpec
 from tierkv.strands import Strand
@@ -44,26 +47,38 @@ class TierStats:
 
 @dataclass(frozen=True, slots=True)
 class IndexStats:
-    """Size of the index; num_blocks includes those that no tier holds."""
+    """Size of the index; num_blocks includes those that no tier holds, num_past those that are history."""
 
     tiers: tuple[TierStats, ...]
     num_strands: int
     num_blocks: int
     num_leases: int
+    num_past: int
 
 
 class Index:
     """A tree of strands per namespace. Thread-safe; a lease taken in one thread stays good whatever others do.
 
-    Tiers are numbered by position, fastest first, at most 4. Raises ValueError for what no caller may do: giving back a
-    place that was not taken, blocks that are not whole.
+    Tiers are numbered by position, fastest first, at most 4.  observer: sees every use; blocks that `restore` brought are
+    new to it when they are first used.  history_blocks: blocks that no tier holds and nothing needs, known all the same,
+    the last used ones. Raises ValueError for what no caller may do: giving back a place that was not taken, blocks that
+    are not whole.
     """
 
-    def __init__(self, *, block_tokens: int, tiers: Sequence[TierSpec]) -> None:
+    def __init__(
+        self,
+        *,
+        block_tokens: int,
+        tiers: Sequence[TierSpec],
+        observer: Observer | None = None,
+        history_blocks: int = 0,
+    ) -> None:
         if not 1 <= len(tiers) <= MAX_TIERS:
             raise ValueError(f"{len(tiers)} tiers: an index has 1 to {MAX_TIERS}")
+        if history_blocks < 0:
+            raise ValueError(f"a history of {history_blocks} blocks: 0 or more is expected")
         self.block_tokens = block_tokens
-        self._tree = Tree(block_tokens=block_tokens, tiers=tiers)
+        self._tree = Tree(block_tokens=block_tokens, tiers=tiers, observer=observer, history_blocks=history_blocks)
         self._lock = Lock()
         self._serial = 0
         self._live: dict[int, int] = {}  # serial -> leases that may know what was there when it was given out
@@ -85,13 +100,27 @@ class Index:
             head = tree.head(strand, end, tokens[num_blocks * tree.block_bytes : (num_blocks + 1) * tree.block_bytes])
             return Match(num_blocks, num_blocks * self.block_tokens + (head[2] if head else 0), tree.clock)
 
-    def acquire(self, root: Key, tokens: bytes) -> Lease:
-        """Find what is held, keep it and count it as used, all at once."""
+    def acquire(self, root: Key, tokens: bytes, *, now_s: float = 0.0, hints: Hints = NO_HINTS) -> Lease:
+        """Find what is held, keep it and count it as used, all at once. What is known but not held counts as used, too.
+
+        now_s: seconds on the caller's clock, of any origin; a time before the latest one counts as that.
+        """
         tree = self._tree
         with self._lock:
             tree.clock = clock = tree.clock + 1
+            tree.now_s = max(tree.now_s, now_s)
             path = tree.follow(tree.root(root), 0, tokens)
+            last, last_end = path[-1]
+            known = path[1:] if tree.observer else []
             tiers = tree.held(path)
+            strand, end = path[-1]
+            use = None
+            if tree.observer:
+                num_blocks = len(tokens) // tree.block_bytes
+                use = Use(tree.now_s, num_blocks, last.depth + last_end, strand.depth + end, hints)
+                tree.observer.arrive(known, use)
+            if strand is not last or end < last_end:
+                tree.use(last, last_end)
             for strand, end in path:
                 if not end:
                     continue
@@ -104,7 +133,7 @@ class Index:
                         policy.record(strand, 0, min(end, len(holding.state)), clock)
             strand, end = path[-1]
             self._serial += 1
-            lease = Lease(self, self._serial, root, strand, end, tiers)
+            lease = Lease(self, self._serial, root, strand, end, tiers, use=use)
             at = lease.num_blocks * tree.block_bytes
             head = tree.head(strand, end, tokens[at : at + tree.block_bytes])
             if head:
@@ -150,6 +179,8 @@ class Index:
             known = strand.depth + end - start
             if known < count:
                 strand, end = tree.grow(strand, end, tokens[known * tree.block_bytes :])
+                if tree.observer and lease.use:
+                    tree.observer.extend(strand, end - count + known, end, lease.use)
             segments = tree.segments(strand, end, start, start + count)
             for part, lo, hi in segments if keys else ():
                 if part.num_keys == lo:
@@ -164,6 +195,15 @@ class Index:
                 return [False] * count
             lease._move(strand, end, lease._tiers | 1 << tier)
             return self._fill(tier, segments, start, count, places)
+
+    def end(self, lease: Lease, ending: Ending, *, now_s: float) -> None:
+        """Tell that the lease's request is over, and what is expected after it. The lease stays until its release."""
+        tree = self._tree
+        with self._lock:
+            tree.now_s = max(tree.now_s, now_s)
+            if tree.observer and lease.use:
+                path = [(strand, hi) for strand, _, hi in lease._segments(0, lease.num_blocks)]
+                tree.observer.end(path, lease.use, ending, tree.now_s)
 
     def _fill(
         self, tier: int, segments: list[tuple[Strand, int, int]], start: int, count: int, places: Sequence[int] | None
@@ -340,7 +380,7 @@ class Index:
                         break
             for strand, lo, hi in found:
                 self._serial += 1
-                leases.append(Lease(self, self._serial, _root(strand), strand, hi, 1 << tier, strand.depth + lo))
+                leases.append(Lease(self, self._serial, _root(strand), strand, hi, 1 << tier, lo=strand.depth + lo))
             for strand in popped:
                 tree.offer(strand, tier)
         return leases
@@ -403,7 +443,7 @@ class Index:
                 )
                 for room in tree.rooms
             )
-            return IndexStats(tiers, tree.num_strands, tree.num_blocks, sum(self._live.values()))
+            return IndexStats(tiers, tree.num_strands, tree.num_blocks, sum(self._live.values()), tree.num_past)
 
     def memory_bytes(self) -> int:
         """Memory of the tree, by asking every object: slow."""

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tierkv.keys import Key
+from tierkv.policies.base import Use
 from tierkv.strands import Holding, Strand
 from tierkv.tiers.base import Run
 
@@ -74,6 +75,7 @@ class Lease:
     """The leading blocks of a prompt that were held when it was taken, kept until `release`. Not thread-safe itself.
 
     Blocks are numbered from 0 along the path. `lo` is the first one this lease is about (see `share` and `Index.spill`).
+    `use`: what an observer was told of its request.
     What it names stays: places that `places` returned are not reused before `release`, not even after a `drop`.
     """
 
@@ -89,10 +91,20 @@ class Lease:
         "num_blocks",
         "released",
         "root",
+        "use",
     )
 
     def __init__(
-        self, index: "Index", serial: int, root: Key, strand: Strand, end: int, tiers: int, lo: int = 0
+        self,
+        index: "Index",
+        serial: int,
+        root: Key,
+        strand: Strand,
+        end: int,
+        tiers: int,
+        *,
+        lo: int = 0,
+        use: Use | None = None,
     ) -> None:
         self._index = index
         self._serial = serial
@@ -100,6 +112,7 @@ class Lease:
         self._end = end
         self._tiers = tiers
         self.root = root
+        self.use = use
         self.lo = lo
         self.num_blocks = strand.depth + end
         self.head: Head | None = None
@@ -267,12 +280,14 @@ class Lease:
                     for source, _, _ in tree.sources(strand, a, b):
                         tiers |= 1 << source
             strand, end = tree.locate(self._strand, self._end, hi)
-            return Lease(self._index, self._serial, self.root, strand, end, tiers, lo)
+            return Lease(self._index, self._serial, self.root, strand, end, tiers, lo=lo, use=self.use)
 
     def fork(self) -> "Lease":
         """Take a lease on the same path, with the same pins and head."""
         with self._index._lock:
-            other = Lease(self._index, self._serial, self.root, self._strand, self._end, self._tiers, self.lo)
+            other = Lease(
+                self._index, self._serial, self.root, self._strand, self._end, self._tiers, lo=self.lo, use=self.use
+            )
             if self.head:
                 other._take_head(self.head, self._head_tier)
             return other

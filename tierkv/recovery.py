@@ -56,7 +56,8 @@ class Recovery:
         start = strand.depth + end
         last, last_end = tree.follow(strand, end, run.tokens)[-1]
         known = last.depth + last_end - start
-        count = min(len(run.keys), known + room.num_free)
+        fits = room.num_free - sum(b - a for a, b in self._absent(tree.segments(last, last_end, start, start + known)))
+        count = min(len(run.keys), known + max(fits, 0))
         if known < count:
             last, last_end = tree.grow(last, last_end, run.tokens[known * size : count * size])
         placed = []
@@ -75,10 +76,18 @@ class Recovery:
             self._orphans.append(left)
         return placed
 
+    def _absent(self, segments: list[tuple[Strand, int, int]]) -> list[tuple[int, int]]:
+        """What the tier neither holds nor expects, as ranges within the strands."""
+        found: list[tuple[int, int]] = []
+        for strand, lo, hi in segments:
+            holding = strand.holdings[self._tier]
+            found += holding.absent(lo, hi) if holding else ((lo, hi),)
+        return found
+
     def _hold(self, strand: Strand, lo: int, hi: int) -> int:
         """Let the tier hold blocks [lo, hi); returns where the room ends."""
-        room, holding = self._tree.rooms[self._tier], strand.holdings[self._tier]
-        for a, b in list(holding.absent(lo, hi)) if holding else ((lo, hi),):
+        room = self._tree.rooms[self._tier]
+        for a, b in self._absent([(strand, lo, hi)]):
             fits = min(b - a, room.num_free)
             if fits:
                 room.take(fits)

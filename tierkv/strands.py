@@ -19,6 +19,8 @@ ABSENT: Final = 0
 HELD: Final = 1
 PENDING: Final = 2
 """State of a block in a tier; a byte each, searched with `find`."""
+HISTORY: Final = -1
+"""Stands for a tier where a strand is asked what may be taken out of the tree, by those who can order a tier."""
 
 
 class Steps:
@@ -178,13 +180,17 @@ class Holding:
 
 
 class Fork:
-    """Several strands that hang at one offset: found by their first block, or by how far they agree with one."""
+    """Several strands that hang at one offset: found by their first block, or by how far they agree with one.
 
-    __slots__ = ("by_first", "order")
+    needed: how many of them something needs (see `Strand.past`).
+    """
+
+    __slots__ = ("by_first", "needed", "order")
 
     def __init__(self) -> None:
         self.by_first: dict[bytes, Strand] = {}
         self.order: list[bytes] = []
+        self.needed = 0
 
     def add(self, first: bytes, strand: "Strand") -> None:
         """Hang a strand whose first block is not here yet."""
@@ -217,7 +223,8 @@ class Fork:
 class Strand:
     """Consecutive blocks of one path. The root of a namespace is a strand without blocks whose one key is the root.
 
-    keys: of the leading blocks that were hashed so far.  again: leading blocks that were used at least twice.
+    keys: of the leading blocks that were hashed so far.  again: leading blocks that were used at least twice.  past: last
+    blocks that nothing needs any more (see tree.py): known as history only.
     holds: block offset -> number of leases whose path ends there: keeps blocks in the tree, in no tier.
     """
 
@@ -231,6 +238,7 @@ class Strand:
         "keys",
         "notes",
         "parent",
+        "past",
         "size",
         "stamps",
         "tok",
@@ -242,6 +250,7 @@ class Strand:
         self.depth: int = parent.depth + at if parent else 0
         self.tok = bytearray(tok)
         self.size = size
+        self.past = size
         self.keys = bytearray()
         self.stamps = Steps(size, stamp)
         self.again = 0
@@ -259,6 +268,8 @@ class Strand:
 
     def span(self, tier: int) -> tuple[int, int]:
         """Blocks that the tier may forget now (see `tierkv.policies.base.Leaf`)."""
+        if tier == HISTORY:
+            return max(self.size - self.past, max(self.children or (0,))) if self.past else self.size, self.size
         holding = self.holdings[tier]
         return holding.span() if holding else (0, 0)
 
@@ -292,6 +303,7 @@ class Strand:
             assert type(found) is Strand
             fork = self.children[child.at] = Fork()
             fork.add(bytes(found.tok[: len(first)]), found)
+            fork.needed = int(found.needed)
             found = fork
         found.add(first, child)
 
@@ -306,6 +318,11 @@ class Strand:
         del self.children[child.at]
         if not self.children:
             self.children = None
+
+    @property
+    def needed(self) -> bool:
+        """Whether something needs some of its blocks: then the blocks before it are needed, too."""
+        return self.past < self.size
 
     def offspring(self) -> "Iterator[Strand]":
         """Every child."""

@@ -1,8 +1,9 @@
 """The tree of strands with its tiers' rooms: everything that spans several strands. Not thread-safe: index.py locks.
 
 Three things keep a block of a strand:
-- in the *tree*: a tier that holds it or expects a copy, a lease whose path covers it, or a descendant. A block that no
-  tier holds is a ghost; it keeps its children findable, and goes once nothing is below it.
+- in the *tree*: a tier that holds it or expects a copy, a lease whose path covers it, or a descendant that one of these
+  keeps. A block that no tier holds is a ghost; it keeps its children findable. Once nothing needs it any more it is
+  history: of those the `history_blocks` used last stay known, and nothing else is different for them.
 - in a *tier*: a pin at or below it, or anything alive in that tier below it. So each tier forgets leaf first, and a lease
   protects its whole path by one pin at its end.
 Only changes between nothing and something travel to the parent, so pins and copies cost O(1) on the usual path.
@@ -10,24 +11,46 @@ Only changes between nothing and something travel to the parent, so pins and cop
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Final
 
 from tierkv.keys import KEY_BYTES, Key
 from tierkv.layout import TOKEN_BYTES
+from tierkv.policies.base import Observer
+from tierkv.policies.lru import LruPolicy
 from tierkv.rooms import Room, TierSpec
-from tierkv.strands import ABSENT, HELD, PENDING, Fork, Holding, Strand, agree, common, same
+from tierkv.strands import ABSENT, HELD, HISTORY, PENDING, Fork, Holding, Strand, agree, common, same
+
+MAX_HEADS: Final = 16
+"""Strands that are looked at for a head: where many hang, most may be history."""
 
 
 class Tree:
-    """Strands by namespace. `num_strands` and `num_blocks` (ghosts included) count them, roots apart."""
+    """Strands by namespace. `num_strands` and `num_blocks` (ghosts included) count them, roots apart.
 
-    def __init__(self, *, block_tokens: int, tiers: Sequence[TierSpec]) -> None:
+    num_past: blocks that nothing needs, at most `history_blocks`.  now_s: the latest time that a caller told.
+    """
+
+    def __init__(
+        self,
+        *,
+        block_tokens: int,
+        tiers: Sequence[TierSpec],
+        observer: Observer | None = None,
+        history_blocks: int = 0,
+    ) -> None:
         self.block_bytes = block_tokens * TOKEN_BYTES
         self.rooms = [Room(spec) for spec in tiers]
         self.learners = [(tier, spec.policy) for tier, spec in enumerate(tiers) if spec.policy.learns]
         self.roots: dict[Key, Strand] = {}
         self.clock = 0
+        self.now_s = 0.0
+        self.observer = observer
         self.num_strands = 0
         self.num_blocks = 0
+        self.num_past = 0
+        self.history_blocks = history_blocks
+        self.history = LruPolicy(tier=HISTORY)
 
     # -- finding ---------------------------------------------------------------------------------------------------
 
@@ -144,7 +167,7 @@ class Tree:
             nearest: Iterable[tuple[int, Strand]] = ((common(bytes(found.tok[:size]), rest), found),)
         else:
             nearest = found.nearest(rest) if isinstance(found, Fork) else ()
-        for agreed, child in nearest:
+        for agreed, child in islice(nearest, MAX_HEADS):
             if agreed <= shared:
                 break
             if child.tier_of(0) is not None:
@@ -154,12 +177,14 @@ class Tree:
     # -- growing and trimming --------------------------------------------------------------------------------------
 
     def grow(self, strand: Strand, end: int, tokens: bytes) -> tuple[Strand, int]:
-        """Add blocks after the path (strand, end), where none agrees; returns the new end."""
+        """Add blocks after the path (strand, end), where none agrees; returns the new end. The caller grips or fills them."""
         size = len(tokens) // self.block_bytes
         self.num_blocks += size
+        self.num_past += size
         if end == strand.size and strand.parent:
             strand.tok += tokens
             strand.size += size
+            strand.past += size
             strand.stamps.grow(strand.size, 0)
             return strand, strand.size
         child = Strand(strand, end, tokens, size, 0, len(self.rooms))
@@ -181,6 +206,8 @@ class Tree:
             strand.holds = {end: 1}
         else:
             holds[end] = holds.get(end, 0) + 1
+        if strand.past:
+            self._need(strand, end)
 
     def loosen(self, strand: Strand, end: int) -> None:
         """Undo one `grip`."""
@@ -194,25 +221,93 @@ class Tree:
             strand.holds = None
         self.trim(strand)
 
+    def _need(self, strand: Strand, end: int) -> None:
+        """Something needs the path (strand, end), which may have been history."""
+        while strand.parent:
+            before = strand.size - strand.past
+            if end <= before:
+                return
+            strand.past = strand.size - end
+            self.num_past -= end - before
+            if before:
+                return
+            parent, at = strand.parent, strand.at
+            assert parent.children
+            found = parent.children[at]
+            if isinstance(found, Fork):
+                found.needed += 1
+            strand, end = parent, at
+
     def trim(self, strand: Strand) -> None:
-        """Take the blocks out of the tree that nothing needs: the tail of this strand, then of its parents."""
+        """See what nothing needs any more: the tail of this strand, then of its parents. It becomes history."""
         while strand.parent and strand.size:  # none: it has been taken off before
-            size = max((len(holding.state) for holding in strand.holdings if holding), default=0)
-            if size < strand.size:
-                size = max(size, max(strand.holds or (0,)), max(strand.children or (0,)))
-            if size == strand.size:
-                return
-            self.num_blocks -= strand.size - size
-            if size:
-                del strand.tok[size * self.block_bytes :], strand.keys[size * KEY_BYTES :]
-                strand.stamps.cut(size)
-                strand.again = min(strand.again, size)
-                strand.size = size
-                return
-            self.num_strands -= 1
-            strand.size = 0
-            strand.parent.unhang(strand, bytes(strand.tok[: self.block_bytes]))
+            before = strand.size - strand.past
+            needed = self._needed(strand, before)
+            if needed < before:
+                strand.past = strand.size - needed
+                self.num_past += before - needed
+            if not needed and before:
+                found = (strand.parent.children or {})[strand.at]
+                if isinstance(found, Fork):
+                    found.needed -= 1
+            if strand.past:
+                if self.history_blocks:
+                    self.history.offer(strand)
+                else:
+                    self._cut(strand, needed)
+            if needed:
+                break
             strand = strand.parent
+        self._drop_root(strand)
+        while self.num_past > self.history_blocks:
+            victim = self.history.pop()
+            assert victim and isinstance(victim.strand, Strand)
+            self._forget_past(victim.strand, victim.blocks)
+
+    def _needed(self, strand: Strand, before: int) -> int:
+        """Leading blocks that something needs; it was `before`, and has not risen since."""
+        needed = max((len(holding.state) for holding in strand.holdings if holding), default=0)
+        if needed < before:
+            needed = max(needed, max(strand.holds or (0,)))
+            for at, found in (strand.children or {}).items():
+                if at > needed and found.needed:
+                    needed = at
+        return needed
+
+    def _forget_past(self, strand: Strand, blocks: int) -> None:
+        """Take the last `blocks` out of the tree, or as many as are too many, and see what may go next."""
+        parent = strand.parent
+        assert parent
+        self._cut(strand, max(strand.size - blocks, strand.size - (self.num_past - self.history_blocks)))
+        if strand.size:
+            self.history.offer(strand)
+        elif parent.parent:
+            self.history.offer(parent)
+        else:
+            self._drop_root(parent)
+
+    def _cut(self, strand: Strand, size: int) -> None:
+        """Take the blocks from `size` on, which are all history, out of the tree."""
+        gone = strand.size - size
+        self.num_blocks -= gone
+        self.num_past -= gone
+        strand.past -= gone
+        strand.size = size
+        if size:
+            del strand.tok[size * self.block_bytes :], strand.keys[size * KEY_BYTES :]
+            strand.stamps.cut(size)
+            strand.again = min(strand.again, size)
+        else:
+            self.num_strands -= 1
+            if self.history_blocks:
+                self.history.withdraw(strand)
+            assert strand.parent
+            strand.parent.unhang(strand, bytes(strand.tok[: self.block_bytes]))
+        if self.observer:
+            self.observer.gone(strand, size)
+
+    def _drop_root(self, strand: Strand) -> None:
+        """Forget a namespace that nothing hangs on."""
         if not strand.parent and not strand.children and not strand.holds:
             self.roots.pop(Key(bytes(strand.keys)), None)
 
@@ -255,6 +350,8 @@ class Tree:
         """The tier holds blocks [lo, hi), in places taken before; the caller has pinned a path that covers them."""
         room = self.rooms[tier]
         room.fill(places, hi - lo)
+        if strand.past:
+            self._need(strand, hi)
         holding = self._holding(strand, tier)
         was_alive = holding.alive
         holding.mark(lo, hi, HELD)
