@@ -151,3 +151,19 @@ def test_additions_from_threads_are_all_counted() -> None:
         thread.join()
     assert metrics.saves_dropped.value("disk", "full") == 16_000
     assert metrics.save_seconds.count("disk") == 16_000
+
+
+def test_tally_notes_what_one_thread_adds_and_nothing_else() -> None:
+    counter = Counter("x", "tier", "reason")
+    with counter.tally() as outer:
+        counter.add(1, "disk", "late")
+        with counter.tally() as inner:
+            counter.add(2, "disk", "corrupt")
+            other = Thread(target=lambda: counter.add(5, "disk", "late"))
+            other.start()
+            other.join()
+        counter.add(3, "disk", "late")
+    counter.add(7, "disk", "late")
+    assert inner == {("disk", "corrupt"): 2}
+    assert outer == {("disk", "late"): 4, ("disk", "corrupt"): 2}
+    assert counter.value() == 18

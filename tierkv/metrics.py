@@ -5,8 +5,9 @@ A counter is a mapping from label values to a number; incrementing is safe from 
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any, Final
 
 LATENCY_BOUNDS_S: Final = (
@@ -39,12 +40,32 @@ class Counter:
         self.help, self.labels = help, labels
         self._values: dict[tuple[str, ...], float] = {}
         self._reads: dict[tuple[str, ...], Callable[[], float]] = {}
+        self._tallies: dict[int, dict[tuple[str, ...], float]] = {}
         self._lock = Lock()
 
     def add(self, amount: float, *values: str) -> None:
         """Add to the counter of these label values."""
         with self._lock:
             self._values[values] = self._values.get(values, 0) + amount
+            if self._tallies and (tally := self._tallies.get(get_ident())) is not None:
+                tally[values] = tally.get(values, 0) + amount
+
+    @contextmanager
+    def tally(self) -> Iterator[dict[tuple[str, ...], float]]:
+        """Note apart what this thread adds meanwhile, by label values: how a call that counts its failures tells its caller."""
+        mine: dict[tuple[str, ...], float] = {}
+        with self._lock:
+            before = self._tallies.get(get_ident())
+            self._tallies[get_ident()] = mine
+        try:
+            yield mine
+        finally:
+            with self._lock:
+                del self._tallies[get_ident()]
+                if before is not None:
+                    for values, amount in mine.items():
+                        before[values] = before.get(values, 0) + amount
+                    self._tallies[get_ident()] = before
 
     def read_from(self, read: Callable[[], float], *values: str) -> None:
         """Count also what `read` says: a part that its owner keeps count of. It must be thread-safe and cheap."""
@@ -150,10 +171,20 @@ class Metrics:
     bytes_written: Counter = _metric(Counter, "Payload bytes written", "tier")
     tokens_hit: Counter = _metric(Counter, "Prompt tokens found", "tier")
     tokens_missed: Counter = _metric(Counter, "Prompt tokens that were computed")
+    missed_blocks: Counter = _metric(Counter, "Blocks of prompts that had to be computed, by why", "reason")
     misses: Counter = _metric(Counter, "Blocks that were expected and did not come", "tier", "reason")
     saves_dropped: Counter = _metric(Counter, "Blocks not saved", "tier", "reason")
     corrupt_blocks: Counter = _metric(Counter, "Copies found bad and removed", "tier")
     tier_down: Counter = _metric(Counter, "Times a tier was taken out of use for a while", "tier")
+    requests_recorded: Counter = _metric(Counter, "Requests written to the access log")
+    records_dropped: Counter = _metric(Counter, "Requests not written to the access log", "reason")
+    record_bytes: Gauge = _metric(Gauge, "Size of the access log")
+    capacity_hit_share: Gauge = _metric(
+        Gauge,
+        "Part of all prompt blocks that a tier and those above it would hold, were it so many times as large",
+        "tier",
+        "times",
+    )
     load_seconds: Histogram = _metric(Histogram, "Time of a batch read", "tier")
     save_seconds: Histogram = _metric(Histogram, "Time of a batch write", "tier")
     ttft_seconds: Histogram = _metric(Histogram, "Time to first token, queueing included")
