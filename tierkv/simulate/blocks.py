@@ -1,7 +1,7 @@
 """Ids of blocks: chained, 8 bytes each. Whatever a trace calls its blocks, equal ids mean equal prompts up to there."""
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -34,25 +34,25 @@ def _mixed(values: Ids) -> Ids:
     return values ^ (values >> np.uint64(31))
 
 
-def numbers(ids: Sequence[Any]) -> Ids:
-    """A trace's ids as 64-bit numbers: whole numbers of any size as they are, texts by their hash.
+def numbers(ids: Sequence[object]) -> Ids:
+    """A trace's ids as 64-bit numbers: whole numbers that fit as they are, larger ones and texts by their hash.
 
-    Raises TypeError for anything else, and names it.
+    Raises TypeError for anything else; its arguments are what it was and where.
     """
     if set(map(type, ids)) <= {int}:
         try:
             return np.array(ids, dtype=np.int64).view(np.uint64)
         except OverflowError:
-            pass
-    return np.array([_number(each) for each in ids], dtype=np.uint64)
+            pass  # told apart one by one
+    return np.array([_number(each, at) for at, each in enumerate(ids)], dtype=np.uint64)
 
 
-def _number(given: object) -> int:
+def _number(given: object, at: int) -> int:
     if type(given) is int:
         return given % 2**64 if -(2**63) <= given < 2**64 else hashed(str(given))
     if type(given) is str:
         return hashed(given)
-    raise TypeError(f"{given!r} among the ids")
+    raise TypeError(given, at)
 
 
 def hashed(text: str) -> int:

@@ -3,73 +3,98 @@
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 from tierkv.simulate.blocks import Ids, numbers
 from tierkv.simulate.files import Lines
 
 Row = dict[str, Any]  # as JSON gives it
 
+COUNTS: Final = 2**31
+EXPECTED: Final = "one JSON object per line is expected"
+
 
 class Rows:
-    """The rows of a trace, in order. Every problem raises TraceError and names file and line."""
+    """The rows of a trace, in order. Every problem raises TraceError and names file and line.
+
+    may_end_early: a last line that is cut off is no problem.
+    """
 
     def __init__(self, lines: Lines) -> None:
         self.lines = lines
         self.fail = lines.fail
-        self._first_s: float | None = None
-        self._last_s = 0.0
+        self.may_end_early = False
+        self._first: float | None = None  # times, in the trace's unit
+        self._last = 0.0
 
     def __iter__(self) -> Iterator[Row]:
         for line in self.lines:
-            yield self.parse(line)
+            if self.may_end_early and not self.lines.whole and not _is_json(line):
+                return
+            yield self._parse(self._document(line))
 
     def first(self) -> Row:
-        """The first row; it comes again. A document of several lines is one row."""
+        """The first row; it comes again."""
         for line in self.lines:
-            try:
-                json.loads(line)
-            except ValueError:
-                if line.startswith((b"{", b"[")) and len(line) < 3:
-                    line = self.lines.rest(line)
-            row = self.parse(line)
+            line = self._document(line)
+            row = self._parse(line)
             self.lines.give_back(line)
             return row
-        return self.fail("no requests", "one JSON object per line is expected")
+        return self.fail("no requests", EXPECTED)
 
-    def parse(self, line: bytes) -> Row:
-        """Read one line."""
+    def _document(self, line: bytes) -> bytes:
+        """A row; one that is spread over lines as a whole, if it is all that is in its file."""
+        return self.lines.rest(line) if line.endswith((b"{", b"[", b",")) and not _is_json(line) else line
+
+    def _parse(self, line: bytes) -> Row:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            self.fail(f"not JSON ({reason}): {_short(line)}", "one JSON object per line is expected")
-        if not isinstance(row, dict):
-            self.fail(f"not a JSON object: {_short(line)}", "one JSON object per line is expected")
+            self.fail(f"not JSON ({reason}): {_short(line)}", EXPECTED)
+        if type(row) is not dict:
+            self.fail(f"not a JSON object: {_short(line)}", EXPECTED)
         return row
 
     def time(self, row: Row, field: str, *, unit_s: float = 1.0) -> float:
-        """Arrival in seconds from the first row's."""
+        """Arrival in seconds from the first row's; rows must be in order."""
+        given = self.seconds(row, field)
+        if self._first is None:
+            self._first = self._last = given
+        if given < self._last:
+            self.fail(
+                f"{field} is {row[field]}, after {self._last:.15g} of an earlier request",
+                "sort the trace by the time of arrival",
+            )
+        self._last = given
+        return (given - self._first) * unit_s
+
+    def seconds(self, row: Row, field: str) -> float:
+        """A time, not negative."""
         given = self.field(row, field, "a number")
         if type(given) not in (int, float) or not math.isfinite(given):
             self.fail(f"{field} is {_short(given)}", "a number is expected")
         if given < 0:
-            self.fail(f"{field} is {given}, which is negative", "times count from the start of the trace: shift them")
-        now_s = given * unit_s
-        if self._first_s is None:
-            self._first_s = now_s
-        if now_s - self._first_s < self._last_s:
-            self.fail(f"{field} is {given}, before that of an earlier request", "sort the trace by the time of arrival")
-        self._last_s = now_s - self._first_s
-        return self._last_s
+            self.fail(f"{field} is {given}, which is negative", "shift all times so that the trace begins at 0")
+        return float(given)
 
     def count(self, row: Row, field: str, *, default: int | None = None) -> int:
-        """A whole number, not negative."""
-        given = row.get(field, default) if default is not None else self.field(row, field, "a whole number")
+        """A whole number of something."""
+        given = self.whole(row, field, default=default)
+        if not 0 <= given < COUNTS:
+            self.fail(f"{field} is {given}", f"a whole number from 0 to {COUNTS - 1} is expected")
+        return given
+
+    def whole(self, row: Row, field: str, *, default: int | None = None) -> int:
+        """A whole number; absent or null: the default, if there is one."""
+        given = row.get(field)
+        if given is None and default is not None:
+            return default
+        given = self.field(row, field, "a whole number")
         if type(given) is float and given.is_integer():
             given = int(given)
-        if type(given) is not int or not 0 <= given < 2**31:
-            self.fail(f"{field} is {_short(given)}", "a whole number from 0 to 2147483647 is expected")
+        if type(given) is not int:
+            self.fail(f"{field} is {_short(given)}", "a whole number is expected")
         return given
 
     def ids(self, row: Row, field: str) -> Ids:
@@ -80,15 +105,30 @@ class Rows:
         try:
             return numbers(given)
         except TypeError as error:
-            self.fail(f"{field} has {error}", "whole numbers or texts are expected")
+            self.fail(
+                f"{field} has {_short(error.args[0])} at position {error.args[1]}",
+                "whole numbers or texts are expected",
+            )
 
     def field(self, row: Row, field: str, expected: str) -> Any:
         """A field that must be there."""
         if field not in row:
-            self.fail(f"no {field}, only {', '.join(row) or 'an empty object'}", f"{field}, {expected}, is expected")
+            names = ", ".join(row) if row else "nothing"
+            self.fail(f"no {field} (there is {_cut(names)})", f"{expected} is expected")
         return row[field]
 
 
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _short(given: object) -> str:
-    shown = given.decode(errors="replace") if isinstance(given, bytes) else json.dumps(given)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return _cut(given.decode(errors="replace") if isinstance(given, bytes) else json.dumps(given))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -3,7 +3,7 @@
 Parsing is the slow part and every cell replays the whole trace, so it is parsed once. The file has no name: nothing is left
 behind however the process ends. Readers keep their own place, also those that a fork has made.
 
-    record = head | session, UTF-8 | blocks, 8 bytes each
+    record = head | blocks, 8 bytes each
 """
 
 import os
@@ -18,12 +18,14 @@ from weakref import finalize
 from tierkv.hints import NO_HINTS, Ending, Hints, Next
 from tierkv.simulate.request import ID_BYTES, Request
 
-HEAD: Final = Struct("<dIIIBbHf")
-"""Time, input and output tokens, blocks, what is next, priority, bytes of the session, seconds until what is next."""
+HEAD: Final = Struct("<dQIIIfBbxx")
+"""Time, session (0: none), input and output tokens, blocks, seconds until what is next, what is next, priority."""
+NEXT_AT: Final = 32
 NEXT: Final = tuple(Next)
 CODES: Final = {what: code for code, what in enumerate(NEXT)}
 PIECE_BYTES: Final = 1 << 20
 UNKNOWN_S: Final = -1.0
+PIECE_OF_ONE: Final = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +55,21 @@ class Spool:
         self._last_s = 0.0
 
     def add(self, request: Request) -> int:
-        """Write a request; returns where it starts, for `arrange` and `mark`."""
+        """Write a request; returns where it starts, for `arrange` and `mark`. Its session is a `session_name`."""
         hints, ending = request.hints, request.ending
-        session = (hints.session or "").encode()[:65535]
-        within_s = UNKNOWN_S if ending.within_s is None else ending.within_s
         blocks = request.num_blocks
         head = HEAD.pack(
             request.time_s,
+            int(hints.session, 16) if hints.session else 0,
             request.input_tokens,
             request.output_tokens,
             blocks,
+            UNKNOWN_S if ending.within_s is None else ending.within_s,
             CODES[ending.next],
             hints.priority,
-            len(session),
-            within_s,
         )
         start = self._size
-        self._size += self._file.write(head + session + request.blocks)
+        self._size += self._file.write(head + request.blocks)
         self._last_s = max(self._last_s, request.time_s)
         if blocks:
             self._num_requests += 1
@@ -83,7 +83,7 @@ class Spool:
     def mark(self, start: int, what: Next) -> None:
         """Set what follows the request that was written at `start`."""
         self._file.flush()
-        os.pwrite(self._file.fileno(), bytes((CODES[what],)), start + 20)
+        os.pwrite(self._file.fileno(), bytes((CODES[what],)), start + NEXT_AT)
 
     def arrange(self, starts: Sequence[int]) -> None:
         """Read the records in this order from now on."""
@@ -106,7 +106,7 @@ class Spool:
         self._file.flush()
         if not self._starts:
             return self._in_order()
-        return (next(self._in_order(start, PIECE_BYTES >> 8)) for start in self._starts)
+        return (next(self._in_order(start, PIECE_OF_ONE)) for start in self._starts)
 
     def _in_order(self, at: int = 0, piece: int = PIECE_BYTES) -> Iterator[Request]:
         descriptor, head = self._file.fileno(), HEAD.size
@@ -115,14 +115,19 @@ class Spool:
             data = os.pread(descriptor, need, at)
             pos, need = 0, piece
             while pos + head <= len(data):
-                time_s, inputs, outputs, blocks, code, priority, session, within_s = HEAD.unpack_from(data, pos)
-                begin = pos + head + session
+                time_s, session, inputs, outputs, blocks, within_s, code, priority = HEAD.unpack_from(data, pos)
+                begin = pos + head
                 end = begin + ID_BYTES * blocks
                 if end > len(data):
                     need = max(piece, end - pos)
                     break
-                hints = Hints(data[pos + head : begin].decode() or None, priority) if session or priority else NO_HINTS
+                hints = Hints(f"{session:x}" if session else None, priority) if session or priority else NO_HINTS
                 ending = Ending(NEXT[code], None if within_s < 0 else within_s, outputs)
                 yield Request(time_s, data[begin:end], inputs, outputs, hints, ending)
                 pos = end
             at += pos
+
+
+def session_name(number: int) -> str:
+    """What a trace's session is called in hints: a 64-bit number."""
+    return f"{number or 1:x}"
