@@ -95,6 +95,23 @@ def test_partial_use_does_not_keep_the_tail_that_was_not_used() -> None:
     assert index.match(ROOT, prompt(5)).num_blocks == 0
 
 
+def test_a_lease_that_only_keeps_is_no_use() -> None:
+    index = new_index()
+    save(index, prompt(1, 2)).release()
+    save(index, prompt(5)).release()
+    kept = index.keep(ROOT, prompt(1, 2))
+    assert kept.num_blocks == 2 and kept.second_use(None) == [] and kept.use is None
+    index.evict(DEVICE)
+    assert index.match(ROOT, prompt(1, 2)).num_blocks == 2
+    kept.release()
+    save(index, prompt(5)).release()
+    index.keep(ROOT, prompt(1, 2)).release()
+    index.evict(DEVICE, 1)
+    assert index.match(ROOT, prompt(1, 2)).num_blocks == 1, (
+        "what was kept has been forgotten first, as if nobody had looked"
+    )
+
+
 def test_same_tokens_in_two_namespaces_never_meet() -> None:
     index = new_index()
     save(index, prompt(1, 2)).release()

@@ -1,6 +1,6 @@
 """Who holds what, who keeps it, and what goes: the one place that decides, under one lock, and never moves a byte.
 
-    match / acquire        how much of a prompt is held; `acquire` keeps it by a lease
+    match / acquire        how much of a prompt is held; `acquire` keeps it by a lease, `keep` without counting it as a use
     reserve … extend       room in a slab, written by an engine, then owned by the index
     begin_copy … commit    room in any tier, filled by a mover from a block that a lease keeps
     spill, evict, drop     what to copy down next; what to forget
@@ -131,16 +131,30 @@ class Index:
                     holding = strand.holdings[tier]
                     if holding and holding.count:
                         policy.record(strand, 0, min(end, len(holding.state)), clock)
-            strand, end = path[-1]
-            self._serial += 1
-            lease = Lease(self, self._serial, root, strand, end, tiers, use=use)
-            at = lease.num_blocks * tree.block_bytes
-            head = tree.head(strand, end, tokens[at : at + tree.block_bytes])
-            if head:
-                source = head[0].tier_of(head[1])
-                assert source is not None
-                lease._take_head(Head(*head), source)
-            return lease
+            return self._lease(root, tokens, path[-1], tiers, use)
+
+    def keep(self, root: Key, tokens: bytes, *, use: Use | None = None) -> Lease:
+        """As `acquire`, for somebody who only looks, copies or keeps: it counts as no use, and no observer hears of it.
+
+        use: that of a request whose first lease has been released, and which goes on.
+        """
+        tree = self._tree
+        with self._lock:
+            path = tree.follow(tree.root(root), 0, tokens)
+            tiers = tree.held(path)
+            return self._lease(root, tokens, path[-1], tiers, use)
+
+    def _lease(self, root: Key, tokens: bytes, found: tuple[Strand, int], tiers: int, use: Use | None) -> Lease:
+        tree, (strand, end) = self._tree, found
+        self._serial += 1
+        lease = Lease(self, self._serial, root, strand, end, tiers, use=use)
+        at = lease.num_blocks * tree.block_bytes
+        head = tree.head(strand, end, tokens[at : at + tree.block_bytes])
+        if head:
+            source = head[0].tier_of(head[1])
+            assert source is not None
+            lease._take_head(Head(*head), source)
+        return lease
 
     # -- adding ----------------------------------------------------------------------------------------------------
 
