@@ -1,5 +1,6 @@
 """A load whose first layers are attended to before its last have come: the same tokens, and nobody sees half a page."""
 
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine_models import generate, random_prompts, tiny_model
+from tests.engine_models import generate, int32, random_prompts, tiny_model
+from tests.test_engine_graphs import Repeated
 from tierkv.arrival import Arrival
 from tierkv.config import Config, DeviceConfig, HostConfig, TransferConfig
 from tierkv.connectors.engine import EngineConnector
 from tierkv.engine import Engine, EngineConfig, SamplingParams
+from tierkv.engine.graphs import GraphFactory
 from tierkv.errors import TierError
 from tierkv.layout import Layout
 from tierkv.store import Store
 from tierkv.tiers.device import PagePool
 from tierkv.tiers.host import HostSlab
+from tierkv.transfers import HOST
 
 BLOCK = 4
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -26,8 +30,22 @@ GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
 MODEL, REFERENCE = tiny_model(), tiny_model()
 
 
+@pytest.fixture(autouse=True)
+def an_end() -> Iterator[None]:
+    """What waits for ever fails, and so does closing what still waits."""
+
+    def fail(*_: object) -> None:
+        raise TimeoutError("nothing moves any more")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, 20, 2)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
 @contextmanager
-def opened(*, groups: int = 3, pages: int = 30) -> Iterator[tuple[Engine, Store]]:
+def opened(*, groups: int = 3, pages: int = 30, graphs: GraphFactory | None = None) -> Iterator[tuple[Engine, Store]]:
     """Pieces of three blocks, so that loads have several."""
     from tierkv import assembly
     from tierkv.assembly import open_store
@@ -46,14 +64,21 @@ def opened(*, groups: int = 3, pages: int = 30) -> Iterator[tuple[Engine, Store]
         assembly.MAX_PIECE_BLOCKS = piece
         return EngineConnector(stores[0])
 
-    engine = Engine(
-        MODEL, None, EngineConfig(block_tokens=BLOCK, max_batch_tokens=16, max_sequences=4), connector=connect
-    )
+    config = EngineConfig(block_tokens=BLOCK, max_batch_tokens=16, max_sequences=4)
+    engine = Engine(MODEL, None, config, connector=connect, graphs=graphs)
     try:
         yield engine, stores[0]
     finally:
         engine.close()
         stores[0].close()
+
+
+def leave_on_host(engine: Engine, store: Store) -> None:
+    """Serve the prompt, and push it out of the device."""
+    ask(engine, PROMPT)
+    store.mover.drain()
+    ask(engine, OTHER)
+    store.mover.drain()
 
 
 def ask(engine: Engine, prompt: Sequence[int]) -> dict[str, int]:
@@ -64,10 +89,7 @@ def ask(engine: Engine, prompt: Sequence[int]) -> dict[str, int]:
 
 def test_tokens_are_those_of_a_whole_load() -> None:
     with opened(pages=16) as (engine, store):
-        ask(engine, PROMPT)
-        store.mover.drain()
-        ask(engine, OTHER)  # pushes the first out of the device
-        store.mover.drain()
+        leave_on_host(engine, store)
         assert ask(engine, PROMPT).get("host", 0) >= 30
 
 
@@ -77,24 +99,21 @@ def test_groups_come_one_after_the_other_and_the_first_is_enough_to_begin(monkey
     copy_in, wait = PagePool.copy_in, Arrival.wait
 
     def copy(self: PagePool, host: HostSlab, places: Sequence[int], pages: Sequence[int], **how: Any) -> None:
-        """As slow as can be: a group comes once the layer before it has been asked for, or never."""
+        """As slow as can be: a group comes once the layer before it is there for the engine, or never."""
         span = how.get("span")
         if span is not None and span[0]:
-            assert waited[span[0] * 3 // host.block_bytes - 1].wait(20), "the engine waits for all of a load"
+            assert waited[span[0] * 3 // host.block_bytes - 1].wait(5), "the engine waits for all of a load"
         moved.append(span)
         copy_in(self, host, places, pages, **how)
 
     def watch(self: Arrival, layer: int) -> None:
-        waited[layer].set()
         wait(self, layer)
+        waited[layer].set()
 
     monkeypatch.setattr(PagePool, "copy_in", copy)
     monkeypatch.setattr(Arrival, "wait", watch)
     with opened(pages=16) as (engine, store):
-        ask(engine, PROMPT)
-        store.mover.drain()
-        ask(engine, OTHER)
-        store.mover.drain()
+        leave_on_host(engine, store)
         moved.clear()
         ask(engine, PROMPT)
         layer = store.layout.block_bytes // store.layout.num_layers
@@ -106,10 +125,7 @@ def test_groups_come_one_after_the_other_and_the_first_is_enough_to_begin(monkey
 
 def test_a_request_that_ends_while_layers_come_keeps_its_pages_until_they_have_come() -> None:
     with opened(pages=16) as (engine, store):
-        ask(engine, PROMPT)
-        store.mover.drain()
-        ask(engine, OTHER)
-        store.mover.drain()
+        leave_on_host(engine, store)
         connector = engine.connector
         assert isinstance(connector, EngineConnector)
         late = Arrival([0, 1, 2, 3])
@@ -130,6 +146,68 @@ def test_a_request_that_ends_while_layers_come_keeps_its_pages_until_they_have_c
         assert scheduler.is_idle
 
 
+def hold_later(begun: threading.Event, go_on: threading.Event) -> Callable[..., None]:
+    """A `copy_in` that says when it is asked for a later group, and makes it wait."""
+    copy_in = PagePool.copy_in
+
+    def copy(self: PagePool, host: HostSlab, places: Sequence[int], pages: Sequence[int], **how: Any) -> None:
+        if how.get("span") and how["span"][0] > 0:
+            begun.set()
+            assert go_on.wait(10)
+        copy_in(self, host, places, pages, **how)
+
+    return copy
+
+
+def test_host_places_belong_to_a_load_until_its_last_layers_have_been_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asked for the load has its answer, and keeps no more pins than what lies on the device."""
+    begun, go_on = threading.Event(), threading.Event()
+    with opened(pages=16) as (engine, store):
+        leave_on_host(engine, store)
+        store.evict_device()
+        match = store.take(store.search(int32(PROMPT[:40])))
+        assert (match.num_blocks, match.shared, match.head_tokens) == (10, 0, 0)
+        kept = store.places.host.rows[match.lease.places(HOST, 0, match.num_blocks)]  # a copy
+        pages = store.allocate(match.num_blocks)
+        assert pages is not None
+        monkeypatch.setattr(PagePool, "copy_in", hold_later(begun, go_on))
+        done = store.load(match, pages)
+        assert begun.wait(10) and done.result(10)[0] == match.num_blocks
+        arrival = match.arrival
+        try:
+            store.settle(match)
+            store.index.evict(HOST)
+            free = store.index.reserve(HOST, store.index.room(HOST)[0])  # whatever anybody else can get now
+            assert free is not None and len(free.places) > 100
+            store.places.host.rows[list(free.places)] = 0xA5
+        finally:
+            go_on.set()
+        assert arrival is not None and arrival.finished.result(10) is None
+        pool = store.places.device.pool
+        came = pool[pages].view(torch.uint8).view(len(pages), -1).numpy()
+        assert (came == kept[:, : came.shape[1]]).all()
+        store.index.free(HOST, free.places)
+        store.free(pages)
+        store.release(match)
+
+
+def test_steps_are_replayed_again_once_all_layers_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on, wait = threading.Event(), threading.Event(), Arrival.wait
+
+    def asked(self: Arrival, layer: int) -> None:
+        """The step has begun, so that it runs as it comes."""
+        go_on.set()
+        wait(self, layer)
+
+    monkeypatch.setattr(Arrival, "wait", asked)
+    with opened(pages=16, graphs=Repeated) as (engine, store):
+        leave_on_host(engine, store)
+        monkeypatch.setattr(PagePool, "copy_in", hold_later(begun, go_on))
+        before = engine.stats.graph_steps
+        assert ask(engine, PROMPT).get("host", 0) >= 30
+        assert begun.is_set() and engine.stats.graph_steps - before == 5, "all but the step that waits for layers"
+
+
 def break_later(times: int) -> Callable[..., None]:
     """A `copy_in` that fails for later groups, so many times."""
     copy_in, left = PagePool.copy_in, [times]
@@ -145,10 +223,7 @@ def break_later(times: int) -> Callable[..., None]:
 
 def test_a_layer_that_never_comes_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(pages=16) as (engine, store):
-        ask(engine, PROMPT)
-        store.mover.drain()
-        ask(engine, OTHER)
-        store.mover.drain()
+        leave_on_host(engine, store)
         monkeypatch.setattr(PagePool, "copy_in", break_later(1))
         ask(engine, PROMPT)  # the tokens are those of the cold run
         assert store.metrics.misses.value() > 0
@@ -157,10 +232,7 @@ def test_a_layer_that_never_comes_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("whole", [False, True], ids=["later groups", "whole loads too"])
 def test_a_link_that_stays_broken_costs_time_and_no_request(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(pages=20) as (engine, store):
-        ask(engine, PROMPT)
-        store.mover.drain()
-        ask(engine, OTHER)
-        store.mover.drain()
+        leave_on_host(engine, store)
         copy_in = PagePool.copy_in
 
         def broken(self: PagePool, host: HostSlab, places: Sequence[int], pages: Sequence[int], **how: Any) -> None:
@@ -191,10 +263,7 @@ def test_a_request_that_is_ended_while_it_loads_keeps_its_pages_until_all_layers
         copy_in(self, host, places, pages, **how)
 
     with opened(pages=16) as (engine, store):
-        ask(engine, PROMPT)
-        store.mover.drain()
-        ask(engine, OTHER)
-        store.mover.drain()
+        leave_on_host(engine, store)
         monkeypatch.setattr(PagePool, "copy_in", slow)
         scheduler = engine._core.scheduler
         name = engine.add(PROMPT, GREEDY)
@@ -218,10 +287,7 @@ def test_a_request_that_is_ended_while_it_loads_keeps_its_pages_until_all_layers
 @pytest.mark.parametrize("what", ["suspend", "fork"])
 def test_nobody_is_shown_pages_before_all_layers_have_come(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(pages=16) as (engine, store):
-        ask(engine, PROMPT)
-        store.mover.drain()
-        ask(engine, OTHER)
-        store.mover.drain()
+        leave_on_host(engine, store)
         late = Arrival([0, 1, 2, 3])
         monkeypatch.setattr(engine.connector, "arrival", lambda request: late)
         name = engine.add(PROMPT, GREEDY)
