@@ -107,6 +107,8 @@ def test_the_log_tells_no_tokens_and_no_names(logs: Logs) -> None:
     other.path.parent.mkdir()
     same = other.open()
     assert same.digests(tokens) != recorder.digests(tokens), "a salt of its own"
+    same.write(Access(START_S, b"", 8, Hints("alice@example.org")))
+    assert other.rows()[1]["session"] != row["session"]
     other.close()
     salt = logs.path.with_name("access.jsonl.salt")
     assert stat.S_IMODE(salt.stat().st_mode) == 0o600
