@@ -15,7 +15,7 @@ import hmac
 import struct
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final, NewType, cast
 
 import msgpack
@@ -44,6 +44,10 @@ class Namespace:
     layout: Layout
     adapter: str = ""
     tenant: str = ""
+
+    def fields(self) -> dict[str, str | int]:
+        """What must be equal, by name: what people are told when it is not."""
+        return {"model": self.model, "adapter": self.adapter, "tenant": self.tenant} | asdict(self.layout)
 
     def root(self, secret: bytes = b"") -> Key:
         """The key before the first block."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from tierkv.errors import LayoutError, TierError
-from tierkv.keys import Key
+from tierkv.keys import Key, Namespace
 from tierkv.layout import TOKEN_BYTES, Layout
 from tierkv.metrics import Metrics
 from tierkv.tiers.base import Miss, Run, Tier
@@ -33,6 +33,8 @@ from tierkv.tiers.disk_shards import Shards
 from tierkv.tiers.disk_slots import Place, Slots
 from tierkv.tiers.disk_transfer import Transfer
 
+EVICTED: Final = "evicted"
+"""Why blocks left the folder that somebody deleted: for room."""
 FULL_PAUSE_S: Final = 10.0
 """How long no new shard file is tried after the disk was found full."""
 
@@ -73,7 +75,9 @@ class DiskTier(Tier):
         self._clock, self._now = clock, now
         self._token_bytes = layout.block_tokens * TOKEN_BYTES
         self._writer = threading.Lock()  # of the manifest; the only lock under which there is I/O
-        self._doomed: set[int] = set()  # forgotten slots whose rows could not be deleted yet
+        self._doomed: dict[
+            int, str
+        ] = {}  # forgotten slots whose rows could not be deleted yet, and why they were forgotten
         self._full_until, self._full_from = float("-inf"), self.num_slots
         self._idle = threading.Condition()
         self._active, self._closed = 0, False
@@ -128,9 +132,9 @@ class DiskTier(Tier):
                 lost.append(slot)
             else:
                 live[key] = (slot, checksum)
-        for slots in (beyond, lost):
+        for slots, why in ((beyond, EVICTED), (lost, Miss.CORRUPT)):
             for at in range(0, len(slots), BATCH):
-                self._manifest.delete(slots[at : at + BATCH])
+                self._manifest.delete(slots[at : at + BATCH], why=why, now=self._now())
         if beyond:
             log.warning("disk folder %s was made smaller: %d blocks forgotten", self.path, len(beyond))
             self._metrics.blocks_evicted.add(len(beyond), self.name)
@@ -186,7 +190,7 @@ class DiskTier(Tier):
                 return saved
             began = time.perf_counter()
             if self._doomed:
-                self._drop(())
+                self._drop((), EVICTED)
             below = self._full_from if self._clock() < self._full_until else self.num_slots
             reserved = self._slots.reserve(run.keys, below=below)
             for position in reserved.present:
@@ -200,7 +204,7 @@ class DiskTier(Tier):
                 slots = {place.slot for place in kept}
                 given_up = [place for place in reserved.places if place.slot not in slots]
                 if given_up:
-                    self._drop(self._slots.abandon(given_up, run.keys))
+                    self._drop(self._slots.abandon(given_up, run.keys), EVICTED)
             for place in kept:
                 saved[place.position] = True
             stored.dropped |= {"busy": len(reserved.busy)}
@@ -220,7 +224,7 @@ class DiskTier(Tier):
         """Rows go before slots are used again."""
         with self._operation() as going:
             if going and (slots := self._slots.forget(keys)):
-                self._drop(slots)
+                self._drop(slots, EVICTED)
 
     def scan(self) -> Iterator[Run]:
         """Runs of a snapshot, chains of parent and child as long as they go. What lost its parent comes last."""
@@ -234,6 +238,22 @@ class DiskTier(Tier):
                 self._remove_unsound(rows)
             held = self._slots.contains([row.key for row in rows])
         yield from runs_of([row for row, here in zip(rows, held, strict=True) if here])
+
+    def introduce(self, root: Key, namespace: Namespace) -> None:
+        """Remember what a root stands for, so that `tierkv explain` can tell whose blocks are here."""
+        self._remember(lambda: self._manifest.introduce(root, namespace.fields()))
+
+    def note(self, name: str, text: str) -> None:
+        """Keep a short text under a name, for whoever looks at the folder."""
+        self._remember(lambda: self._manifest.note(name, text))
+
+    def _remember(self, write: Callable[[], None]) -> None:
+        with self._operation() as going, self._writer:
+            try:
+                if going:
+                    write()
+            except sqlite3.Error as error:
+                self._failed("note", error)
 
     def describe(self) -> DiskReport:
         """What the folder holds, for people."""
@@ -315,19 +335,21 @@ class DiskTier(Tier):
         self._slots.commit(places, run.keys)
         return places
 
-    def _drop(self, slots: Sequence[int]) -> None:
+    def _drop(self, slots: Sequence[int], why: str) -> None:
         """Delete the rows of forgotten slots, then free them; what cannot be deleted now is tried again the next time."""
         freed: list[int] = []
         with self._writer:
-            self._doomed.update(slots)
-            doomed = sorted(self._doomed)
+            self._doomed.update(dict.fromkeys(slots, why))
             try:
-                for at in range(0, len(doomed), BATCH):
-                    self._manifest.delete(doomed[at : at + BATCH])
-                    freed += doomed[at : at + BATCH]
+                for reason in sorted(set(self._doomed.values())):
+                    doomed = sorted(slot for slot in self._doomed if self._doomed[slot] == reason)
+                    for at in range(0, len(doomed), BATCH):
+                        self._manifest.delete(doomed[at : at + BATCH], why=reason, now=self._now())
+                        freed += doomed[at : at + BATCH]
             except sqlite3.Error as error:
                 self._failed("delete", error)
-            self._doomed.difference_update(freed)
+            for slot in freed:
+                del self._doomed[slot]
         self._slots.free(freed)
 
     def _remove_corrupt(self, places: Sequence[Place], keys: Sequence[Key]) -> None:
@@ -335,7 +357,7 @@ class DiskTier(Tier):
         if slots:
             log.warning("disk folder %s: %d blocks are not what was written; removed", self.path, len(slots))
             self._metrics.corrupt_blocks.add(len(slots), self.name)
-            self._drop(slots)
+            self._drop(slots, Miss.CORRUPT)
 
     def _remove_unsound(self, rows: Sequence[Row]) -> None:
         """Forget every key without a sound row: what its row says of tokens and parent cannot be believed."""
@@ -343,7 +365,7 @@ class DiskTier(Tier):
         unsound = [key for key in self._slots.within(0, self.num_slots) if key not in sound]
         log.warning("disk folder %s: %d rows of the manifest are damaged; removed", self.path, len(unsound))
         self._metrics.corrupt_blocks.add(len(unsound), self.name)
-        self._drop(self._slots.forget(unsound))
+        self._drop(self._slots.forget(unsound), Miss.CORRUPT)
 
     def _after(self, action: str, error: OSError | None, lost: set[int]) -> None:
         if error is not None:
@@ -353,7 +375,7 @@ class DiskTier(Tier):
             first = shard * SHARD_SLOTS
             slots = self._slots.forget(self._slots.within(first, first + SHARD_SLOTS))
             self._metrics.corrupt_blocks.add(len(slots), self.name)
-            self._drop(slots)
+            self._drop(slots, Miss.CORRUPT)
 
     def _failed(self, action: str, error: Exception) -> None:
         log.warning("disk folder %s: %s failed: %s", self.path, action, error)

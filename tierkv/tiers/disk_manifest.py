@@ -16,6 +16,7 @@ import xxhash
 
 from tierkv.errors import ConfigError, TierError
 from tierkv.keys import KEY_BYTES, Key
+from tierkv.tiers import disk_history as history
 from tierkv.tiers.disk_files import Files
 
 NAME: Final = "manifest.sqlite"
@@ -23,7 +24,7 @@ VERSION: Final = 1
 PAGE_BYTES: Final = 4096
 WAL_BYTES: Final = 1 << 20
 BATCH: Final = 256
-_FIXED_PAGES: Final = 16
+_FIXED_PAGES: Final = 16 + history.PAGES
 _BUSY_S: Final = 0.25
 """How long a reader of the manifest, such as an inspection, may hold up a checkpoint."""
 _DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH)
@@ -80,7 +81,7 @@ def max_pages(num_slots: int, block_tokens: int) -> int:
     row = 160 + 4 * block_tokens
     # SQLite splits pages at a third full in the worst case; a row past a quarter page spills into pages of its own.
     worst = 3 * row if row < PAGE_BYTES // 4 else 3 * (row + PAGE_BYTES)
-    return _FIXED_PAGES + -(-num_slots * worst // PAGE_BYTES)
+    return _FIXED_PAGES + -(-num_slots * (worst + 3 * history.ROW_BYTES) // PAGE_BYTES)
 
 
 def max_bytes(num_slots: int, block_tokens: int) -> int:
@@ -98,7 +99,7 @@ class Manifest:
 
     def __init__(self, folder: Path, *, num_slots: int, block_tokens: int, files: Files) -> None:
         self._path, self._files = folder / NAME, files
-        self._max_pages = max_pages(num_slots, block_tokens)
+        self._num_slots, self._max_pages = num_slots, max_pages(num_slots, block_tokens)
         self.was_damaged = False
         try:
             self._connection = self._open()
@@ -121,7 +122,7 @@ class Manifest:
                     f"disk folder {self._path.parent} has a manifest of version {version}, this is {VERSION}: "
                     "delete the folder, or give another one (disk.path)"
                 )
-            connection.executescript(_SCHEMA)
+            connection.executescript(_SCHEMA + history.SCHEMA)
             connection.execute(f"PRAGMA user_version = {VERSION}")
         except BaseException:
             connection.close()
@@ -164,6 +165,7 @@ class Manifest:
         """Hold the file to its size from now on. Call once the rows that do not fit the array any more are gone."""
         self._connection.execute("DELETE FROM roots WHERE id NOT IN (SELECT DISTINCT root FROM blocks)")
         self._roots = dict(self._connection.execute("SELECT root, id FROM roots"))
+        history.forget_departed(self._connection.execute, most=self._num_slots)
         pages = self._connection.execute("PRAGMA page_count").fetchone()[0]
         if pages > self._max_pages:
             self._connection.execute("VACUUM")
@@ -184,11 +186,22 @@ class Manifest:
                 )
         self._roots = roots
 
-    def delete(self, slots: Sequence[int]) -> None:
-        """Remove the rows of at most BATCH slots."""
+    def delete(self, slots: Sequence[int], *, why: str, now: float) -> None:
+        """Remove the rows of at most BATCH slots, and remember that their blocks left."""
         with self._transaction() as execute:
+            history.remember_departed(execute, slots, why=why, now=now, most=self._num_slots)
             for slot in slots:
                 execute("DELETE FROM blocks WHERE slot = ?", (slot,))
+
+    def introduce(self, root: Key, fields: history.Fields) -> None:
+        """Remember what a root stands for."""
+        with self._transaction() as execute:
+            history.remember_namespace(execute, root, fields)
+
+    def note(self, name: str, text: str) -> None:
+        """Keep a text under a name, for whoever looks at the folder."""
+        with self._transaction() as execute:
+            history.remember_note(execute, name, text)
 
     def touch(self, used: Sequence[tuple[float, int]]) -> None:
         """Write down when at most BATCH slots were last used."""
