@@ -125,5 +125,5 @@ def test_pages_take_what_the_card_has_left() -> None:
         assert total - free > 0.4 * total
         layout = engine.layout
         model = engine._core._runner._model
-        with pytest.raises(ConfigError, match=r"leaves -.* end other processes"):
+        with pytest.raises(ConfigError, match=r"leaves -.* raise gpu_memory_utilization"):
             pool_bytes(model, layout, engine.device, replace(CONFIG, num_pages=None, gpu_memory_utilization=0.3))

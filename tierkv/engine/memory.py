@@ -23,13 +23,13 @@ _HARDEST: Final = SamplingParams(temperature=1.0, top_p=0.9)
 class Usage:
     """Bytes of one GPU before there are pages.
 
-    free: of the whole card, whoever uses the rest.  own: the weights, as torch holds them.  step: taken besides by the largest
-    step, and given back after it.  graphs: kept for recorded decode steps.
+    free: of the whole card, whoever uses the rest.  weights: of this engine's model, part of what is used.  step: taken besides
+    by the largest step, and given back after it.  graphs: kept for recorded decode steps.
     """
 
     total: int
     free: int
-    own: int
+    weights: int
     step: int
     graphs: int
 
@@ -41,10 +41,10 @@ def left_for_pages(usage: Usage, *, utilization: float, least: int) -> int:
     if left < least:
         raise ConfigError(
             f"no room for pages on this GPU: {_gib(utilization * usage.total)} (gpu_memory_utilization = {utilization:g} of "
-            f"{_gib(usage.total)}) less {_gib(usage.own)} of weights, {_gib(taken - usage.own)} of other processes and CUDA "
-            f"itself, {_gib(usage.step)} for a step and {_gib(usage.graphs)} for CUDA graphs leaves {_gib(left)}, and "
-            f"{_gib(least)} is the least; end other processes, raise gpu_memory_utilization, lower max_batch_tokens or "
-            "max_sequences, or take a smaller dtype or model"
+            f"{_gib(usage.total)}) less {_gib(usage.weights)} of weights, {_gib(taken - usage.weights)} of other engines, "
+            f"other processes and CUDA itself, {_gib(usage.step)} for a step and {_gib(usage.graphs)} for CUDA graphs leaves "
+            f"{_gib(left)}, and {_gib(least)} is the least; raise gpu_memory_utilization, which counts what all of them use, end "
+            "others or give them less, lower max_batch_tokens or max_sequences, or take a smaller dtype or model"
         )
     return left
 
@@ -76,7 +76,8 @@ def _measure(model: Model, layout: Layout, device: torch.device, config: EngineC
     del pool
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return Usage(total, free, torch.cuda.memory_reserved(device), step, graphs)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return Usage(total, free, weights, step, graphs)
 
 
 def _peak(model: Model, pool: torch.Tensor, counts: list[int]) -> int:
