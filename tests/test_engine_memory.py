@@ -52,9 +52,7 @@ def test_a_second_engine_gets_what_its_share_is_above_what_the_first_uses() -> N
     card = Card()
     assert card.start(weights=15, utilization=0.5) == (40 - 15 - 1 - 1) * GIB
     assert card.start(weights=15, utilization=0.9) == (72 - 39 - 15 - 1 - 1) * GIB
-    assert card.free == (80 - 72 + 1) * GIB, (
-        "both steps at once have the room of one: they share what is above the share"
-    )
+    assert card.free == (80 - 72 + 1) * GIB  # what is above the share, and what its step will take
 
 
 def test_a_second_engine_of_the_same_share_is_told_who_has_it() -> None:
