@@ -94,7 +94,9 @@ def other_tier(use: Use) -> bool:
     return bool(theirs and ours) and theirs[0].split("_")[0] != ours[0].split("_")[0]
 
 
-INDEX = tuple(f"tierkv.{part}" for part in ("index", "strands", "tree", "lease", "rooms", "recovery", "audit"))
+INDEX = tuple(
+    f"tierkv.{part}" for part in ("index", "strands", "tree", "lease", "rooms", "wants", "fates", "recovery", "audit")
+)
 STORE = ("tierkv.store", "tierkv.transfers", "tierkv.assembly")  # the façade, its moves, and what builds it
 TORCH = (
     *STORE[2:],

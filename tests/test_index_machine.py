@@ -20,7 +20,7 @@ from tierkv import lease as lease_module
 from tierkv import strands, tree
 from tierkv.cost import CostModel
 from tierkv.hints import Ending, Hints, Next
-from tierkv.index import Copy, Index, Lease, Reservation, TierSpec
+from tierkv.index import Copy, Index, Lease, Reservation, TierSpec, Want
 from tierkv.keys import Key, chain
 from tierkv.policies import make
 from tierkv.policies.base import Leaf, Observer, Use
@@ -156,6 +156,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.uses: dict[Path, int] = {}
         self.leases: list[Promise] = []
         self.copies: list[tuple[Copy, Path]] = []
+        self.wants: list[tuple[Want, Path]] = []  # in the order of their coming
         self.reserved: list[Reservation] = []
         self.past: list[Any] = []  # the last prompts: worth asking for again
         self.clock = 0
@@ -200,6 +201,7 @@ class IndexMachine(RuleBasedStateMachine):
                 ends.append((strand_path(head.strand, head.block + 1), [promise.lease._head_tier]))
         for copy, path in self.copies:
             ends.append((path[: copy.blocks[-1] + 2], [copy.tier]))
+        ends += [(self.known(path), []) for _, path in self.wants]
         return ends
 
     def pending(self, tier: int) -> set[Path]:
@@ -217,13 +219,24 @@ class IndexMachine(RuleBasedStateMachine):
         kept |= {part for path in self.held[tier] for part in above(path[:-1])}
         return [path for path in self.held[tier] if path not in kept]
 
+    def claim(self, path: Path) -> float:
+        """Which want covers the block first."""
+        claims = (number for number, (_, want) in enumerate(self.wants) if want[: len(path)] == path)
+        return next(claims, float("inf"))
+
+    def first_to_go(self, tier: int) -> list[Path]:
+        """What may be forgotten next: nothing that is wanted, if there is anything else; else what was wanted last."""
+        candidates = self.evictable(tier)
+        last = max(map(self.claim, candidates), default=0)
+        return [path for path in candidates if self.claim(path) == last]
+
     def follow_eviction(self, tier: int, count: int) -> list[Path]:
         """Forget in the model what the index forgot: `count` blocks, each the first of leaf-LRU among the candidates."""
         now = held_by(self.index)[tier]
         gone = [path for path in self.held[tier] if path not in now]
         order = []
         for _ in range(count):
-            candidates = self.evictable(tier)
+            candidates = self.first_to_go(tier)
             assert candidates, "forgot a block that something protects"
             oldest = min(self.stamps[path] for path in candidates)  # equal only on one path, and after a restore
             possible = [path for path in candidates if path in gone and (not self.exact or self.stamps[path] == oldest)]
@@ -363,6 +376,33 @@ class IndexMachine(RuleBasedStateMachine):
         if self.past and past:
             root, blocks = ROOTS[0], self.past[-past % len(self.past)][:cut] + blocks[: max(0, cut - 4)]
         self.acquire_these(root, blocks, tail)
+
+    @precondition(lambda self: len(self.leases) < 5)
+    @rule(blocks=blocks_of, tail=tails, past=any_of)
+    def keep(self, blocks: Any, tail: Any, past: int) -> None:
+        """Look, without a use."""
+        blocks = [*(self.past[-past % len(self.past)] if self.past and past else ()), *blocks]
+        tokens = tokens_of(blocks, tail)
+        hit = self.hit(path_of(ROOTS[0], tokens))
+        lease = self.index.keep(ROOTS[0], tokens)
+        assert lease.num_blocks == len(hit) - 1 and lease.use is None
+        self.promise(lease, hit)
+
+    @precondition(lambda self: len(self.wants) < 4)
+    @rule(root=st.sampled_from(ROOTS), blocks=blocks_of, tail=tails, past=any_of, cut=st.integers(0, 7))
+    def want(self, root: Key, blocks: Any, tail: Any, past: int, cut: int) -> None:
+        """A request waits in a queue."""
+        if self.past and past:
+            root, blocks = ROOTS[0], (self.past[-past % len(self.past)] + blocks)[:cut]
+        tokens = tokens_of(blocks, tail)
+        self.wants.append((self.index.want(root, tokens), path_of(root, tokens)))
+
+    @precondition(lambda self: self.wants)
+    @rule(which=any_of)
+    def want_no_more(self, which: int) -> None:
+        want, _ = self.wants.pop(which % len(self.wants))
+        want.release()
+        want.release()
 
     def acquire_these(self, root: Key, blocks: Any, tail: Any) -> None:
         if root == ROOTS[0]:
@@ -584,7 +624,7 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(edge=st.sampled_from([(0, 1), (0, 2), (1, 2)]), n=st.integers(1, 5), keep=st.booleans())
     def spill(self, edge: tuple[int, int], n: int, keep: bool) -> None:
         tier, below = edge
-        free_to_go = set(self.evictable(tier))
+        free_to_go = set(self.first_to_go(tier))
         taboo = self.pending(below) | self.held[below].keys()
         oldest = sorted(self.stamps[path] for path in free_to_go)[:2]
         first = {path for path in free_to_go if [self.stamps[path]] == oldest[:1]}
@@ -694,6 +734,8 @@ class IndexMachine(RuleBasedStateMachine):
             self.index.abort(copy)
         for promise in self.leases:
             promise.lease.release()
+        for want, _ in self.wants:
+            want.release()
         for got in self.reserved:
             self.index.free(got.tier, got.places, count=got.count)
         for tier in TIERS:

@@ -9,6 +9,7 @@ from tierkv.keys import KEY_BYTES
 from tierkv.lease import BITS, Copy, Lease
 from tierkv.strands import HELD, HISTORY, PENDING, Fork, Holding, Steps, Strand
 from tierkv.tree import Tree
+from tierkv.wants import claim, wanted
 
 
 def check(tree: Tree, leases: list[Lease] | None, copies: list[Copy]) -> None:
@@ -32,6 +33,10 @@ def check(tree: Tree, leases: list[Lease] | None, copies: list[Copy]) -> None:
         assert room.held == sum(holding.count for holding in holdings)
         assert room.taken >= sum(holding.num_pending for holding in holdings)
         room.check([place for holding in holdings for place in _places(holding)])
+        for strand, first in room.parked.items():
+            lo, hi = strand.span(tier)
+            assert lo == hi or (wanted(strand) >= hi and claim(strand, hi)[0] == first), "parked without a want"
+    _check_wants(tree, strands)
     if leases is not None:
         _check_leases(tree, strands, [lease for lease in leases if not lease.released], copies)
 
@@ -100,10 +105,27 @@ def _check_holding(tree: Tree, strand: Strand, tier: int, holding: Holding | Non
     assert lo == hi or lo >= max([*(holding.pins or ()), *hang, 0])
 
 
+def _check_wants(tree: Tree, strands: list[Strand]) -> None:
+    marks = {
+        (id(part), serial): hi
+        for serial, want in tree.wants.items()
+        for part, _, hi in tree.segments(want.strand, want.end, 0, want.strand.depth + want.end)
+    }
+    assert marks == {(id(strand), serial): hi for strand in strands for serial, hi in (strand.wants or {}).items()}
+    assert Counter(want for wants in tree.waiting.values() for want in wants) == Counter(
+        want for want in tree.wants.values() if want.awaits(tree.block_bytes)
+    )
+    for want in tree.wants.values():
+        if at := want.awaits(tree.block_bytes):
+            assert want in tree.waiting[at] and tree.follow(at[0], at[1], at[2]) == [at[:2]], "a known block waits"
+
+
 def _check_leases(tree: Tree, strands: list[Strand], leases: Iterable[Lease], copies: Iterable[Copy]) -> None:
     holds: Counter[tuple[int, int]] = Counter()
     pins: Counter[tuple[int, int, int]] = Counter()
     pinned: Counter[int] = Counter()
+    for want in tree.wants.values():
+        holds[id(want.strand), want.end] += 1
     for lease in leases:
         ends = [(lease._strand, lease._end, tier) for tier in BITS[lease._tiers]]
         holds[id(lease._strand), lease._end] += 1

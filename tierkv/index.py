@@ -4,6 +4,7 @@
     reserve … extend       room in a slab, written by an engine, then owned by the index
     begin_copy … commit    room in any tier, filled by a mover from a block that a lease keeps
     spill, evict, drop     what to copy down next; what to forget
+    want                   what to forget last
 
 Every public method takes the lock itself and does nothing slow inside: no I/O, no hashing. Whatever happens between two
 steps leaves a miss: a copy that is never committed is a block the tier does not hold. No clock but a count of uses; times
@@ -25,8 +26,9 @@ from tierkv.rooms import Room, TierSpec
 from tierkv.strands import Strand
 from tierkv.tiers.base import Run
 from tierkv.tree import Tree
+from tierkv.wants import Want
 
-__all__ = ["Copy", "Head", "Index", "IndexStats", "Lease", "Match", "Reservation", "TierSpec", "TierStats"]
+__all__ = ["Copy", "Head", "Index", "IndexStats", "Lease", "Match", "Reservation", "TierSpec", "TierStats", "Want"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class Index:
         self._tree = Tree(block_tokens=block_tokens, tiers=tiers, observer=observer, history_blocks=history_blocks)
         self._lock = Lock()
         self._serial = 0
+        self._num_wants = 0
         self._live: dict[int, int] = {}  # serial -> leases that may know what was there when it was given out
         self._limbo: list[tuple[int, Room, list[int]]] = []  # places dropped under leases up to that serial
 
@@ -156,6 +159,27 @@ class Index:
             lease._take_head(Head(*head), source)
         return lease
 
+    def want(self, root: Key, tokens: bytes) -> Want:
+        """Let the blocks of a queued request be forgotten last, in every tier, and after those of requests queued before.
+
+        Those that come to be known later, too. It keeps nothing once there is nothing else to forget.
+        """
+        tree = self._tree
+        with self._lock:
+            self._num_wants += 1
+            start = tree.root(root)
+            want = tree.wants[self._num_wants] = Want(self, self._num_wants, start, tokens)
+            tree.grip(start, 0)
+            tree.want(want)
+            return want
+
+    def _unwant(self, want: Want) -> None:
+        with self._lock:
+            if not want.released:
+                want.released = True
+                del self._tree.wants[want.serial]
+                self._tree.unwant(want)
+
     # -- adding ----------------------------------------------------------------------------------------------------
 
     def extend(
@@ -189,7 +213,7 @@ class Index:
             for strand, end in path:
                 if strand.depth + end > start:
                     strand.again = max(strand.again, end)
-            strand, end = path[-1]
+            strand, end = last, last_end = path[-1]
             known = strand.depth + end - start
             if known < count:
                 strand, end = tree.grow(strand, end, tokens[known * tree.block_bytes :])
@@ -200,15 +224,17 @@ class Index:
                 if part.num_keys == lo:
                     part.keys += b"".join((keys or ())[part.depth + lo - start : part.depth + hi - start])
             tree.use(strand, end)
-            if tier is None:
-                tiers = lease._tiers
+            tiers = lease._tiers
+            if tier is not None:
+                tiers |= 1 << tier
+            else:
                 for part, lo, hi in segments:
                     for source, _, _ in tree.sources(part, lo, hi):
                         tiers |= 1 << source
-                lease._move(strand, end, tiers)
-                return [False] * count
-            lease._move(strand, end, lease._tiers | 1 << tier)
-            return self._fill(tier, segments, start, count, places)
+            lease._move(strand, end, tiers)
+            if known < count and tree.waiting:
+                tree.arrived(last, last_end, tokens[known * tree.block_bytes : (known + 1) * tree.block_bytes])
+            return [False] * count if tier is None else self._fill(tier, segments, start, count, places)
 
     def end(self, lease: Lease, ending: Ending, *, now_s: float) -> None:
         """Tell that the lease's request is over, and what is expected after it. The lease stays until its release."""
@@ -378,12 +404,11 @@ class Index:
         Each lease is about its blocks [lo, num_blocks), pinned in `tier`. The order of forgetting stays as it is.
         """
         tree = self._tree
-        policy = tree.rooms[tier].policy
         leases: list[Lease] = []
         popped = []
         with self._lock:
             found: list[tuple[Strand, int, int]] = []
-            while n > 0 and (victim := policy.pop()):
+            while n > 0 and (victim := tree.victim(tier)):
                 assert isinstance(victim.strand, Strand)
                 popped.append(victim.strand)
                 for strand, lo, hi in tree.goes_with(victim.strand, victim.blocks, tier, below):

@@ -54,7 +54,7 @@ class Recovery:
         """Put a run after the path (strand, end), as far as there is room; returns where it is now."""
         tree, room, size = self._tree, self._tree.rooms[self._tier], self._tree.block_bytes
         start = strand.depth + end
-        last, last_end = tree.follow(strand, end, run.tokens)[-1]
+        last, last_end = known_end = tree.follow(strand, end, run.tokens)[-1]
         known = last.depth + last_end - start
         fits = room.num_free - sum(b - a for a, b in self._absent(tree.segments(last, last_end, start, start + known)))
         count = min(len(run.keys), known + max(fits, 0))
@@ -70,6 +70,8 @@ class Recovery:
             count = part.depth + end - start
             if end < hi:
                 break
+        if known < count:
+            tree.arrived(*known_end, run.tokens[known * size : (known + 1) * size])
         if count < len(run.keys):
             parent = run.keys[count - 1] if count else run.parent
             left = Run(run.root, parent, run.depth + count, run.keys[count:], run.tokens[count * size :])

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tierkv.policies.base import Policy
+from tierkv.wants import Parked
 
 FREE, TAKEN, FILLED = 0, 1, 2
 
@@ -36,6 +37,7 @@ class Room:
         self.pinned = 0  # sum over leases of the blocks each may keep here: an upper bound of what is protected
         self.evicted = 0
         self.lost = 0
+        self.parked = Parked()
         self._free = array("i", range(self.capacity - 1, -1, -1) if spec.placed else ())
         self._owner = bytearray(self.capacity if spec.placed else 0)
 

@@ -225,7 +225,8 @@ class Strand:
 
     keys: of the leading blocks that were hashed so far.  again: leading blocks that were used at least twice.  past: last
     blocks that nothing needs any more (see tree.py): known as history only.
-    holds: block offset -> number of leases whose path ends there: keeps blocks in the tree, in no tier.
+    holds: block offset -> number of leases and wants whose path ends there: keeps blocks in the tree, in no tier.
+    wants: number of a want -> how many leading blocks it covers (see wants.py).
     """
 
     __slots__ = (
@@ -242,6 +243,7 @@ class Strand:
         "size",
         "stamps",
         "tok",
+        "wants",
     )
 
     def __init__(self, parent: "Strand | None", at: int, tok: bytes, size: int, stamp: int, num_tiers: int) -> None:
@@ -257,6 +259,7 @@ class Strand:
         self.notes: Any = None  # the observer's, see tierkv.policies.base.Leaf
         self.children: dict[int, Strand | Fork] | None = None
         self.holds: dict[int, int] | None = None
+        self.wants: dict[int, int] | None = None
         self.holdings: list[Holding | None] = [None] * num_tiers
 
     def tier_of(self, block: int) -> int | None:

@@ -1,8 +1,8 @@
 """The tree of strands with its tiers' rooms: everything that spans several strands. Not thread-safe: index.py locks.
 
 Three things keep a block of a strand:
-- in the *tree*: a tier that holds it or expects a copy, a lease whose path covers it, or a descendant that one of these
-  keeps. A block that no tier holds is a ghost; it keeps its children findable. Once nothing needs it any more it is
+- in the *tree*: a tier that holds it or expects a copy, a lease or want whose path covers it, or a descendant that one of
+  these keeps. A block that no tier holds is a ghost; it keeps its children findable. Once nothing needs it any more it is
   history: of those the `history_blocks` used last stay known, and nothing else is different for them.
 - in a *tier*: a pin at or below it, or anything alive in that tier below it. So each tier forgets leaf first, and a lease
   protects its whole path by one pin at its end.
@@ -16,10 +16,11 @@ from typing import Final
 
 from tierkv.keys import KEY_BYTES, Key
 from tierkv.layout import TOKEN_BYTES
-from tierkv.policies.base import Observer
+from tierkv.policies.base import Observer, Victim
 from tierkv.policies.lru import LruPolicy
 from tierkv.rooms import Room, TierSpec
 from tierkv.strands import ABSENT, HELD, HISTORY, PENDING, Fork, Holding, Strand, agree, common, same
+from tierkv.wants import Want, claim, wanted
 
 MAX_HEADS: Final = 16
 """Strands that are looked at for a head: where many hang, most may be history."""
@@ -51,6 +52,8 @@ class Tree:
         self.num_past = 0
         self.history_blocks = history_blocks
         self.history = LruPolicy(tier=HISTORY)
+        self.wants: dict[int, Want] = {}
+        self.waiting: dict[tuple[Strand, int, bytes], list[Want]] = {}  # those that cover all before a block, not it
 
     # -- finding ---------------------------------------------------------------------------------------------------
 
@@ -311,6 +314,53 @@ class Tree:
         if not strand.parent and not strand.children and not strand.holds:
             self.roots.pop(Key(bytes(strand.keys)), None)
 
+    # -- what requests want ----------------------------------------------------------------------------------------
+
+    def want(self, want: Want) -> None:
+        """Let a want that grips the path so far cover what is known of its prompt now."""
+        strand, end, size = want.strand, want.end, self.block_bytes
+        path = self.follow(strand, end, want.tokens[(strand.depth + end) * size :])
+        for part, covered in path:
+            if covered:
+                if part.wants is None:
+                    part.wants = {}
+                part.wants[want.serial] = covered
+                self._reclaim(part)
+        want.strand, want.end = path[-1]
+        self.grip(want.strand, want.end)
+        self.loosen(strand, end)
+        if at := want.awaits(size):
+            self.waiting.setdefault(at, []).append(want)
+
+    def arrived(self, strand: Strand, end: int, first: bytes) -> None:
+        """The block `first` follows the path (strand, end) now."""
+        for want in self.waiting.pop((strand, end, first), ()):
+            self.want(want)
+
+    def unwant(self, want: Want) -> None:
+        """Undo a want."""
+        if at := want.awaits(self.block_bytes):
+            others = self.waiting[at]
+            others.remove(want)
+            if not others:
+                del self.waiting[at]
+        for part, _, _ in self.segments(want.strand, want.end, 0, want.strand.depth + want.end):
+            assert part.wants
+            del part.wants[want.serial]
+            part.wants = part.wants or None
+            self._reclaim(part)
+        self.loosen(want.strand, want.end)
+
+    def _reclaim(self, strand: Strand) -> None:
+        """Other requests want the strand now: see where its tail belongs, where it is parked."""
+        for tier, room in enumerate(self.rooms):
+            if strand in room.parked:
+                lo, hi = strand.span(tier)
+                if lo < hi <= wanted(strand):
+                    room.parked.park(strand, claim(strand, hi)[0])
+                else:
+                    self.offer(strand, tier)
+
     # -- what tiers hold -------------------------------------------------------------------------------------------
 
     def pin(self, strand: Strand, end: int, tier: int) -> None:
@@ -383,7 +433,7 @@ class Tree:
         room = self.rooms[tier]
         done = 0
         while done < count:
-            victim = room.policy.pop()
+            victim = self.victim(tier)
             if victim is None:
                 break
             strand = victim.strand
@@ -400,6 +450,26 @@ class Tree:
             room.policy.forgot(strand, hi - lo)
             room.give_back(self.forget(strand, lo, hi, tier), hi - lo)
         return done
+
+    def victim(self, tier: int) -> Victim | None:
+        """What to forget next: what the policy names and no request wants; or else what the last queued request wants."""
+        room = self.rooms[tier]
+        while victim := room.policy.pop():
+            strand = victim.strand
+            assert isinstance(strand, Strand)
+            if not strand.wants:
+                return victim
+            lo, hi = strand.span(tier)
+            end = wanted(strand)
+            if end < hi:
+                return Victim(strand, min(victim.blocks, hi - max(lo, end)))
+            if lo < hi:
+                room.parked.park(strand, claim(strand, hi)[0])
+        while parked := room.parked.pop():
+            lo, hi = parked.span(tier)
+            if lo < hi:
+                return Victim(parked, hi - max(lo, claim(parked, hi)[1]))
+        return None
 
     def goes_with(self, strand: Strand, blocks: int, tier: int, below: int | None) -> Iterator[tuple[Strand, int, int]]:
         """Ranges that are not below yet, last first, of what goes when this victim goes: its tail, and then whatever
@@ -456,7 +526,10 @@ class Tree:
         """Tell the policy if the strand has something to forget."""
         lo, hi = strand.span(tier)
         if lo < hi:
-            self.rooms[tier].policy.offer(strand)
+            room = self.rooms[tier]
+            if room.parked:
+                room.parked.take(strand)
+            room.policy.offer(strand)
 
     def _wake(self, strand: Strand, tier: int) -> None:
         """The strand has become alive in the tier: what is above it must stay."""
@@ -477,6 +550,7 @@ class Tree:
         """The strand is not alive in the tier any more."""
         while True:
             strand.holdings[tier] = None
+            self.rooms[tier].parked.take(strand)
             self.rooms[tier].policy.withdraw(strand)
             parent, at = strand.parent, strand.at
             if parent is None or not parent.parent:
