@@ -86,6 +86,7 @@ def test_namespaces_are_remembered_across_owners_the_last_ones(tmp_path: Path, t
     known = history(again).namespaces
     assert list(known) == [root for root, _ in [*rest, first]]
     assert known[first[0]] == first[1].fields()
+    assert again.namespaces() == known
     assert known[first[0]]["tenant"] == "t" and known[first[0]]["num_layers"] == SMALL.num_layers
     again.close()
 

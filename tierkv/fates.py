@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Fate(NamedTuple):
-    """How blocks left a tier. at_s: on the clock of the index's callers.  why: name of the policy that chose them, or a reason."""
+    """How blocks left a tier. at_s: on the clock of the index's callers.  why: the policy that chose them, or a reason."""
 
     tier: int
     at_s: float

@@ -12,7 +12,7 @@ Source: Waldspurger et al., Efficient MRC Construction with SHARDS, FAST'15 (fix
 the cut at the far end are ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from threading import Lock
 from typing import Any, Final
@@ -30,12 +30,16 @@ BYTES_PER_SAMPLE: Final = 260
 """At most: peaks under tracemalloc were 252 at 32,768 samples and 257 at 8,192 (CPython 3.11, 2026-11-22)."""
 KEPT: Final = 0.75
 """Part of the samples that is left when there are too many: fewer would cost precision, more would come too often."""
-PER_OCTAVE: Final = 64
-OCTAVES: Final = 40
+EXACT: Final = 128
+"""Capacities under this are told apart one by one; above, those of an octave by half as many steps."""
+CLASSES: Final = EXACT + EXACT // 2 * 33
 BATCH: Final = 4096
 """Blocks, or lookups, that are taken in together."""
 WINDOW_REFS: Final = 1 << 22
 """References after which all that was counted weighs half."""
+
+TIMES: Final = (0.5, 1.0, 2.0, 4.0)
+"""How much larger each tier is thought to be."""
 
 _UNKNOWN: Final = 1 << 60
 _MASK: Final = (1 << 64) - 1
@@ -92,9 +96,7 @@ class ReuseDistances:
         self._now = 0
         self._waiting: list[tuple[Names, bool]] = []
         self._num_waiting = 0
-        self._missed = np.zeros(
-            PER_OCTAVE * OCTAVES + 1
-        )  # references by the smallest capacity that would hit; last: none
+        self._missed = np.zeros(CLASSES)  # references by the smallest capacity that would hit; the last: none
         self._refs = 0.0
         self._lock = Lock()
 
@@ -122,9 +124,13 @@ class ReuseDistances:
             self._work()
             if not self._refs:
                 return [0.0] * len(capacities)
-            marks = 2.0 ** (np.arange(len(self._missed)) / PER_OCTAVE) - 1
-            missed = np.interp(np.asarray(capacities, float), marks, np.cumsum(self._missed[::-1])[::-1])
+            missed = np.interp(np.asarray(capacities, float) + 1, _EDGES, np.cumsum(self._missed[::-1])[::-1])
             return [float(min(1.0, max(0.0, 1 - share))) for share in missed / self._refs]
+
+    @property
+    def num_refs(self) -> int:
+        """References that count, those from long ago by half."""
+        return round(self._refs)
 
     def _wait(self, names: Names, counted: bool) -> None:
         with self._lock:
@@ -215,8 +221,7 @@ class ReuseDistances:
         starts = np.cumsum(lengths) - lengths
         positions = np.repeat(firsts - starts, lengths) + np.arange(len(places))
         # Above the first followed block there are on average 1/R - 1 others; where all are followed, none.
-        marks = (np.log2((positions + 1) * each) * PER_OCTAVE).astype(np.int64)
-        self._missed += np.bincount(np.minimum(marks, len(self._missed) - 1), until, len(self._missed))
+        self._missed += np.bincount(_classes((positions + 1) * each), until, len(self._missed))
 
     def _shrink(self) -> None:
         """Forget what is too far down for any capacity; then, if that is not enough, follow fewer blocks."""
@@ -243,6 +248,37 @@ class ReuseDistances:
         self._group = dict(zip(names.tolist(), numbers.tolist(), strict=True))
         self._above = _Sums(self._above.size, np.bincount(numbers) if len(numbers) else ())
         self._now = int(numbers.max()) + 1 if len(numbers) else 0
+
+
+def what_if(distances: ReuseDistances, capacities: Mapping[str, int]) -> dict[tuple[str, float], float]:
+    """Share of all block references found in a tier or a faster one, by the tier and how many times as large it is thought.
+
+    capacities: blocks, the fastest tier first; what a tier holds, the slower ones hold too, or as much beside it.
+    """
+    cells, sizes, above = [], [], 0
+    for tier, capacity in capacities.items():
+        for times in TIMES:
+            cells.append((tier, times))
+            sizes.append(max(above, round(capacity * times)))
+        above = max(above, capacity)
+    return dict(zip(cells, distances.hit_shares(sizes), strict=True))
+
+
+def _classes(needed: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.int64]:
+    """The class of each capacity that would just hit; those beyond the last belong to it."""
+    parts, exponents = np.frexp(needed)
+    octaves = exponents - EXACT.bit_length()  # the first has the capacities from EXACT to twice as much
+    large = EXACT + octaves * (EXACT // 2) + ((parts - 0.5) * EXACT).astype(np.int64)
+    found: npt.NDArray[np.int64] = np.where(octaves < 0, np.minimum(needed, EXACT).astype(np.int64), large)
+    return np.minimum(found, CLASSES - 1)
+
+
+def _edges() -> npt.NDArray[np.float64]:
+    octaves, steps = np.divmod(np.arange(CLASSES - EXACT), EXACT // 2)
+    return np.concatenate([np.arange(EXACT, dtype=float), EXACT * 2.0**octaves * (1 + steps / (EXACT // 2))])
+
+
+_EDGES: Final = _edges()
 
 
 class _Sums:

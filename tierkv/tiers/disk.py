@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from tierkv.errors import LayoutError, TierError
 from tierkv.keys import Key, Namespace
@@ -26,8 +26,9 @@ from tierkv.metrics import Metrics
 from tierkv.tiers.base import Miss, Run, Tier
 from tierkv.tiers.disk_array import SHARD_SLOTS, make_metadata, num_slots_for, refuse_strange
 from tierkv.tiers.disk_files import Files, FolderLock, replace_file
+from tierkv.tiers.disk_history import read_history
 from tierkv.tiers.disk_inspect import DiskReport, inspect_folder
-from tierkv.tiers.disk_manifest import BATCH, Manifest, Row, read_rows
+from tierkv.tiers.disk_manifest import BATCH, NAME, Manifest, Row, read_rows
 from tierkv.tiers.disk_scan import runs_of
 from tierkv.tiers.disk_shards import Shards
 from tierkv.tiers.disk_slots import Place, Slots
@@ -242,6 +243,10 @@ class DiskTier(Tier):
     def introduce(self, root: Key, namespace: Namespace) -> None:
         """Remember what a root stands for, so that `tierkv explain` can tell whose blocks are here."""
         self._remember(lambda: self._manifest.introduce(root, namespace.fields()))
+
+    def namespaces(self) -> dict[Key, dict[str, Any]]:  # Any: text and numbers, of `Namespace.fields`
+        """What the roots of this folder stand for, as far as their owners said."""
+        return read_history(self.path / NAME).namespaces
 
     def note(self, name: str, text: str) -> None:
         """Keep a short text under a name, for whoever looks at the folder."""
