@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.traces import COST, trace
+from tierkv.simulate import oracle
 from tierkv.simulate.cells import Cell, aggregate, capacities
-from tierkv.simulate.oracle import Oracle
+from tierkv.simulate.oracle import NEVER, Oracle, next_uses
 from tierkv.simulate.replay import replay
 
 Path = tuple[int, ...]
@@ -44,9 +45,9 @@ PROMPTS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=3).map(tuple
 @settings(max_examples=300, deadline=None)
 @given(PROMPTS, st.integers(1, 4))
 def test_belady_is_the_best_of_all_that_a_prefix_cache_can_do(prompts: list[Path], capacity: int) -> None:
-    oracle = Oracle(trace(prompts), cost=COST)
+    bounds = Oracle(trace(prompts), cost=COST)
     refs = sum(map(len, prompts))
-    assert round(oracle.belady(capacity).block_hit_rate * refs) == best(prompts, capacity)
+    assert round(bounds.belady(capacity).block_hit_rate * refs) == best(prompts, capacity)
 
 
 LONG = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8).map(tuple), min_size=1, max_size=60)
@@ -55,8 +56,8 @@ LONG = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8).map(tuple), 
 @settings(max_examples=200, deadline=None)
 @given(LONG, st.integers(0, 30))
 def test_what_belady_finds_is_the_beginning_of_every_prompt(prompts: list[Path], capacity: int) -> None:
-    oracle = Oracle(trace(prompts), cost=COST)
-    hits, at = oracle._kept(capacity).tobytes(), 0
+    bounds = Oracle(trace(prompts), cost=COST)
+    hits, at = bytes(bounds._kept(capacity)), 0
     for prompt in prompts:
         assert hits[at : at + len(prompt)].rstrip(b"\0").count(0) == 0
         at += len(prompt)
@@ -65,16 +66,30 @@ def test_what_belady_finds_is_the_beginning_of_every_prompt(prompts: list[Path],
 @settings(max_examples=100, deadline=None)
 @given(LONG)
 def test_bounds_are_in_order(prompts: list[Path]) -> None:
-    oracle = Oracle(trace(prompts), cost=COST)
+    bounds = Oracle(trace(prompts), cost=COST)
     blocks = {prompt[: end + 1] for prompt in prompts for end in range(len(prompt))}
-    assert oracle.num_unique == len(blocks)
-    rates = [oracle.belady(capacity).block_hit_rate for capacity in (0, 1, 3, 10, len(blocks))]
+    assert bounds.num_unique == len(blocks)
+    rates = [bounds.belady(capacity).block_hit_rate for capacity in (0, 1, 3, 10, len(blocks))]
     assert rates == sorted(rates) and rates[0] == 0
     refs = sum(map(len, prompts))
-    assert rates[-1] == oracle.unbounded().block_hit_rate == pytest.approx(1 - len(blocks) / refs)
+    assert rates[-1] == bounds.unbounded().block_hit_rate == pytest.approx(1 - len(blocks) / refs)
     for capacity in (1, 3, 10, len(blocks)):
         lru = replay(trace(prompts), policy="lru", capacity_blocks=capacity, unique_blocks=len(blocks), cost=COST)
-        assert lru.block_hit_rate <= oracle.belady(capacity).block_hit_rate
+        assert lru.block_hit_rate <= bounds.belady(capacity).block_hit_rate
+
+
+@settings(max_examples=100, deadline=None)
+@given(LONG, st.integers(1, 50))
+def test_future_is_the_same_however_much_of_it_is_sorted_at_a_time(prompts: list[Path], at_a_time: int) -> None:
+    blocks = [prompt[: end + 1] for prompt in prompts for end in range(len(prompt))]
+    later = [
+        next((at for at in range(now + 1, len(blocks)) if blocks[at] == blocks[now]), NEVER)
+        for now in range(len(blocks))
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(oracle, "BATCH_REFS", 5)
+        following, num_unique = next_uses(trace(prompts), at_a_time=at_a_time)
+    assert following.tolist() == later and num_unique == len(set(blocks))
 
 
 def test_what_is_kept_for_long_does_not_fill_memory_with_what_is_gone() -> None:
