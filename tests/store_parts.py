@@ -9,10 +9,11 @@ import torch
 from tierkv import policies
 from tierkv.cost import CostModel
 from tierkv.index import Index, TierSpec
-from tierkv.keys import Namespace
+from tierkv.keys import Namespace, token_bytes
 from tierkv.layout import Layout
 from tierkv.metrics import Metrics
 from tierkv.mover import Breaker, LaneSpec, Mover
+from tierkv.policies.base import Observer
 from tierkv.store import Store
 from tierkv.testing import FakeClock, FaultyTier, MemoryTier, SharedMemoryTier, StepExecutor
 from tierkv.tiers.device import PagePool
@@ -23,7 +24,7 @@ TINY = Layout(num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32", block_t
 STEP = TINY.block_tokens * 4
 DEADLINE_S = 10.0
 PIECE = 2
-LANES = ("load", "save", "probe", "suspend", "memory", "shared")
+LANES = ("load", "save", "probe", "suspend", "ahead", "memory", "shared")
 
 
 def content(tokens: bytes, block: int) -> np.ndarray[Any, Any]:
@@ -43,6 +44,8 @@ class Parts:
         slots: int = 40,
         edges: tuple[str, str, str] = ("save", "save", "save"),
         policy: str = "lru",
+        observer: Observer | None = None,
+        history: int = 0,
     ) -> None:
         self.clock, self.metrics, self.steps = FakeClock(), Metrics(), StepExecutor()
         cost = CostModel(block_tokens=TINY.block_tokens, block_bytes=TINY.block_bytes)
@@ -51,7 +54,7 @@ class Parts:
             TierSpec(name, size, number <= HOST, policies.make(policy, tier=number, cost=cost, next_tier=None))
             for number, (name, size) in enumerate(sizes.items())
         ]
-        index = Index(block_tokens=TINY.block_tokens, tiers=specs)
+        index = Index(block_tokens=TINY.block_tokens, tiers=specs, observer=observer, history_blocks=history)
         pool = PagePool(layout=TINY, num_pages=pages, device=torch.device("cpu"))
         slab = HostSlab(num_places=host + PIECE, block_bytes=TINY.block_bytes)
         spares: SimpleQueue[list[int]] = SimpleQueue()
@@ -99,3 +102,26 @@ class Parts:
         taken = self.store.save(match, tokens, table)
         self.store.free([page for page, ok in zip(reversed(table), reversed(taken), strict=False) if not ok])
         self.store.release(match)
+
+
+def prompt(number: int, *, num_blocks: int = 4) -> bytes:
+    return token_bytes(range(100 * number, 100 * number + 2 * num_blocks))
+
+
+def held(parts: Parts, tokens: bytes, tier: int) -> int:
+    """Blocks of the prompt that a tier holds."""
+    with parts.store.index.keep(parts.store.root, tokens) as lease:
+        return sum(hi - lo for lo, hi in lease.held(tier, 0, lease.num_blocks))
+
+
+def at_rest(tokens: bytes, *, shared: bool = False, **sizes: int) -> Parts:
+    """A store that has a prompt in a tier at rest and nowhere else."""
+    parts = Parts(**sizes)
+    parts.serve(tokens)
+    parts.steps.run_all()
+    parts.store.evict_device()
+    parts.store.index.evict(HOST)
+    if shared:
+        parts.own.delete(list(parts.own.stored))
+        parts.store.index.evict(2)
+    return parts

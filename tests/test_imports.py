@@ -97,9 +97,11 @@ def other_tier(use: Use) -> bool:
 INDEX = tuple(
     f"tierkv.{part}" for part in ("index", "strands", "tree", "lease", "rooms", "wants", "fates", "recovery", "audit")
 )
-STORE = ("tierkv.store", "tierkv.transfers", "tierkv.assembly")  # the façade, its moves, and what builds it
+STORE = tuple(
+    f"tierkv.{part}" for part in ("store", "transfers", "assembly", "edges", "ahead", "pins")
+)  # and its parts
 TORCH = (
-    *STORE[2:],
+    "tierkv.assembly",
     "tierkv.tiers.device",
     "tierkv.tiers.device_cuda",
     "tierkv.engine",

@@ -229,8 +229,8 @@ def _index(config: Config, layout: Layout, cost: "CostModel", sizes: dict[str, i
 
 
 def _mover(config: Config, metrics: Metrics) -> "Mover":
-    from tierkv.mover import LaneSpec, Mover
-    from tierkv.store import LOAD_LANE, MAX_LOAD_BLOCKS, MAX_PROBES, PROBE_LANE, SAVE_LANE, SUSPEND_LANE
+    from tierkv.mover import AHEAD_LANE, LOAD_LANE, PROBE_LANE, SAVE_LANE, SUSPEND_LANE, LaneSpec, Mover
+    from tierkv.store import MAX_LOAD_BLOCKS, MAX_PROBES
 
     transfer = config.transfer
     lanes = {
@@ -238,6 +238,7 @@ def _mover(config: Config, metrics: Metrics) -> "Mover":
         SAVE_LANE: LaneSpec(1, transfer.save_queue_blocks),
         PROBE_LANE: LaneSpec(1, MAX_PROBES),
         SUSPEND_LANE: LaneSpec(1, MAX_LOAD_BLOCKS),
+        AHEAD_LANE: LaneSpec(1, MAX_LOAD_BLOCKS),
     }
     for tier in ("disk", "redis"):  # a lane without work costs nothing: its threads start with its first job
         lanes[tier] = LaneSpec(transfer.save_threads, transfer.save_queue_blocks)

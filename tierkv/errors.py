@@ -43,6 +43,10 @@ class RequestError(TierKVError):
     """A request the engine cannot serve: empty prompt, prompt past the context, impossible sampling."""
 
 
+class PinError(TierKVError):
+    """Blocks that cannot be kept on request: more than pins may keep, or for no time that makes sense."""
+
+
 class ModelError(TierKVError):
     """A model that cannot be loaded or cannot run on paged attention."""
 

@@ -15,13 +15,20 @@ from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Lock
-from typing import TypeVar, cast
+from typing import Final, TypeVar, cast
 
 from tierkv.metrics import Metrics
 
 T = TypeVar("T")
 Clock = Callable[[], float]
 log = logging.getLogger("tierkv")
+
+LOAD_LANE: Final = "load"
+SAVE_LANE: Final = "save"
+PROBE_LANE: Final = "probe"
+SUSPEND_LANE: Final = "suspend"
+AHEAD_LANE: Final = "ahead"
+"""What nobody waits for yet: prefetches and pins. The other lanes of a store are named like its tiers at rest."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The façade: find a prefix, bring it to the device, keep what was computed. It alone, with its jobs, knows index and mover.
 
-    search -> take -> load -> settle -> (save …) -> release
+    (expect ->) search -> take -> load -> settle -> (save …) -> end
 
 One thread (an engine's scheduler) makes these calls; none of them blocks on I/O. What moves, moves on the mover's threads.
 """
@@ -9,37 +9,43 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Final
 
+from tierkv.ahead import Ahead, Expected, Found
 from tierkv.arrival import Arrival, layer_bounds
+from tierkv.edges import Edges
 from tierkv.errors import TierError
+from tierkv.hints import NO_HINTS, Ending, Hints, Next
 from tierkv.index import Index, Lease
 from tierkv.keys import Key, chain
 from tierkv.layout import TOKEN_BYTES, Layout
 from tierkv.metrics import Metrics
-from tierkv.mover import Mover
+from tierkv.mover import LOAD_LANE, PROBE_LANE, SUSPEND_LANE, Mover
+from tierkv.pins import Pin, Pins
+from tierkv.policies.base import Use
+from tierkv.sessions import Sessions
 from tierkv.tiers.base import Miss
-from tierkv.transfers import DEVICE, HOST, Below, Load, Places, copy_to_host, write_down
+from tierkv.transfers import DEVICE, HOST, Below, Load, Places
 
 log = logging.getLogger("tierkv")
 
-LOAD_LANE: Final = "load"
-SAVE_LANE: Final = "save"
-PROBE_LANE: Final = "probe"
-SUSPEND_LANE: Final = "suspend"
 SAVE_BLOCKS: Final = 8
 """Blocks saved at a time while a sequence decodes: few enough that a crash costs little, enough for whole-run writes."""
 MAX_LOAD_BLOCKS: Final = 1 << 20
 MAX_PROBES: Final = 1 << 10
 CLOSE_TIMEOUT_S: Final = 30.0
+AHEAD_SHARE: Final = 0.25
+"""Part of the host tier that may hold what was brought for requests that wait."""
+PIN_SHARE: Final = 0.5
+"""Part of the host tier that pins may keep."""
 
 
 @dataclass(slots=True)
 class Match:
-    """What the store holds of some tokens, pinned until `Store.release`.
+    """What the store holds of some tokens, pinned until `Store.release` or `Store.end`.
 
     shared: leading blocks that lie on the device.  remote: keys of blocks after the lease's last, present in `source`.
     head_tokens: tokens of the block after these that a known block begins with (reuse finer than a block).
@@ -70,21 +76,12 @@ class Search:
 
     tokens: bytes
     base: int = 0
-    probe: "Future[tuple[Below, list[Key]] | None] | None" = None
+    probe: "Future[Found | None] | None" = None
 
     @property
     def ready(self) -> bool:
         """Have the shared tiers answered?"""
         return self.probe is None or self.probe.done()
-
-
-@dataclass(slots=True)
-class _Spill:
-    """One edge that copies ahead of eviction; at most one batch of it is under way."""
-
-    above: int
-    below: Below | None
-    under_way: bool = field(default=False)
 
 
 class Store:
@@ -104,22 +101,69 @@ class Store:
         piece: int,
         layer_groups: int = 1,
         spill_share: float = 1.0,
+        ahead_share: float = AHEAD_SHARE,
+        pin_share: float = PIN_SHARE,
     ) -> None:
         self.root, self.layout, self.places, self.below, self.mover = root, layout, places, below, mover
-        self._host_copy_down = host_copy_down
-        self._load_deadline_s, self._watermark, self._piece = load_deadline_s, spill_watermark, piece
-        self._spill_share = spill_share
+        self._load_deadline_s, self._piece = load_deadline_s, piece
         self._numbered = {tier.number: tier for tier in below if tier.number is not None}
         self._shared = [tier for tier in below if tier.number is None]
         self._expiring: list[Load] = []
         self._block_bytes = layout.block_tokens * TOKEN_BYTES  # of token ids, not of KV
-        self._spills = [_Spill(DEVICE, None)] if host_copy_down == "spill" else []
-        self._spills += [_Spill(HOST, tier) for tier in below if tier.copy_down == "spill"]
+        self._edges = Edges(
+            places=places,
+            below=below,
+            mover=mover,
+            host_copy_down=host_copy_down,
+            watermark=spill_watermark,
+            share=spill_share,
+            piece=piece,
+        )
         self._bounds = layer_bounds(layout.num_layers, min(layer_groups, layout.num_layers))
         layer_bytes = layout.block_bytes // layout.num_layers
         self._spans = [(lo * layer_bytes, hi * layer_bytes) for lo, hi in pairwise(self._bounds)]
         self._by_groups = len(self._spans) > 1
+        self._sessions = Sessions()
+        self._ahead = Ahead(
+            root=root,
+            block_bytes=self._block_bytes,
+            places=places,
+            below=self._numbered,
+            ask=self._ask if self._shared else None,
+            mover=mover,
+            share=ahead_share,
+            piece=piece,
+            deadline_s=load_deadline_s,
+        )
+        self._pins = Pins(
+            root=root,
+            places=places,
+            below=self._numbered,
+            mover=mover,
+            share=pin_share,
+            piece=piece,
+            deadline_s=load_deadline_s,
+        )
+        places.metrics.blocks_pinned.read_from(lambda: float(self._pins.num_blocks))
         self._closed = False
+
+    # -- ahead of need ----------------------------------------------------------------------------------------------
+
+    def expect(self, tokens: bytes) -> Expected:
+        """Take up a request that waits: what is held of it is forgotten last, and comes to the host until `cancel`."""
+        return self._ahead.expect(tokens)
+
+    def cancel(self, expected: Expected) -> None:
+        """It does not wait any more. Idempotent."""
+        self._ahead.cancel(expected)
+
+    def pin(self, tokens: bytes, *, ttl_s: float) -> Pin:
+        """Keep what is held of `tokens` in host memory for a time. Raises PinError, beyond the part that pins may keep."""
+        return self._pins.pin(tokens, ttl_s=ttl_s)
+
+    def unpin(self, pin: Pin) -> None:
+        """End a pin before its time. Idempotent."""
+        self._pins.unpin(pin)
 
     # -- finding ----------------------------------------------------------------------------------------------------
 
@@ -128,20 +172,23 @@ class Store:
         search = Search(tokens)
         whole = len(tokens) // self._block_bytes
         if self._shared and self.index.match(self.root, tokens).num_blocks < whole:
-            lease = self.index.acquire(self.root, tokens)  # for the keys of what is known: the probe goes on from there
+            lease = self.index.keep(self.root, tokens)  # for the keys of what is known: the probe goes on from there
             search.base = lease.num_blocks
-            search.probe = self.mover.submit(PROBE_LANE, partial(self._ask, lease, tokens), blocks=1)
+            search.probe = self.mover.submit(PROBE_LANE, partial(self._run_probe, lease, tokens), blocks=1)
             if search.probe is None:
                 lease.release()
         return search
 
-    def _ask(self, lease: Lease, tokens: bytes) -> "tuple[Below, list[Key]] | None":
-        """Keys after the lease's blocks that a shared tier holds: the longest leading run of any of them."""
+    def _run_probe(self, lease: Lease, tokens: bytes) -> Found | None:
         with lease:
-            known = lease.num_blocks
-            parent = lease.keys(known - 1, known)[0] if known else self.root
+            return self._ask(lease, tokens)
+
+    def _ask(self, lease: Lease, tokens: bytes) -> Found | None:
+        """Keys after the lease's blocks that a shared tier holds: the longest leading run of any of them."""
+        known = lease.num_blocks
+        parent = lease.keys(known - 1, known)[0] if known else self.root
         keys = chain(parent, tokens[known * self._block_bytes :], block_tokens=self.layout.block_tokens)
-        best: tuple[Below, list[Key]] | None = None
+        best: Found | None = None
         for below in self._shared:
             ask = partial(below.tier.contains, keys)
             present = below.attempt(ask, count=len(keys), failures=self.metrics.misses) or [False]
@@ -150,9 +197,19 @@ class Store:
                 best = (below, keys[:run])
         return best
 
-    def take(self, search: Search) -> Match:
+    def take(self, search: Search, *, hints: Hints = NO_HINTS) -> Match:
         """Pin what was found; the search must be `ready`. What other requests computed meanwhile counts too."""
-        lease = self.index.acquire(self.root, search.tokens)
+        now_s = self.places.clock()
+        return self._match(search, self.index.acquire(self.root, search.tokens, now_s=now_s, hints=hints))
+
+    def take_again(self, search: Search, use: Use | None) -> Match:
+        """As `take`, for a request that was taken before and has been released meanwhile: it counts as used once.
+
+        use: of the first lease.
+        """
+        return self._match(search, self.index.keep(self.root, search.tokens, use=use))
+
+    def _match(self, search: Search, lease: Lease) -> Match:
         match = Match(lease, leading(lease), lease.head.num_tokens if lease.head else 0, dirty=lease.num_blocks)
         found = search.probe.result() if search.probe and search.probe.exception() is None else None
         if found and search.base + len(found[1]) > lease.num_blocks >= search.base:
@@ -161,7 +218,7 @@ class Store:
             end = (lease.num_blocks + len(match.remote)) * self._block_bytes
             match.remote_tokens = search.tokens[lease.num_blocks * self._block_bytes : end]
             match.head_tokens = 0
-        self._copy_second_use(lease)
+        self._edges.copy_second_use(lease)
         return match
 
     # -- bringing to the device -------------------------------------------------------------------------------------
@@ -171,7 +228,7 @@ class Store:
         if num_pages == 0:
             return []
         reservation = self.index.reserve(DEVICE, num_pages)
-        self._copy_ahead()
+        self._edges.copy_ahead()
         return None if reservation is None else list(reservation.places)
 
     def free(self, pages: Sequence[int]) -> None:
@@ -231,11 +288,13 @@ class Store:
         match.remote, match.dirty = (), match.shared
 
     def poll(self) -> None:
-        """Answer loads that are late. Call it once per step."""
+        """Answer loads that are late, end pins whose time is over, go on for those that wait. Call it once per step."""
         now = self.places.clock()
+        self._pins.expire(now)
         for load in self._expiring:
             load.expire(now)
         self._expiring = [load for load in self._expiring if not load.done.done()]
+        self._ahead.go_on()
 
     # -- keeping ----------------------------------------------------------------------------------------------------
 
@@ -255,8 +314,8 @@ class Store:
     def offer(self, match: Match) -> None:
         """Queue copies of what was saved since the last offer, where `copy_down` is "save"."""
         lo, match.dirty = match.dirty, match.lease.num_blocks
-        if lo < match.dirty and self._host_copy_down == "save":
-            self._queue_host(match.lease, lo, match.dirty)
+        if lo < match.dirty:
+            self._edges.copy_saved(match.lease, lo, match.dirty)
 
     def suspend(self, match: Match, *, tail: int | None) -> "Future[int | None]":
         """Copy all of the match, and `tail`, a private page, to the host. Resolves to the tail's host place, or None."""
@@ -272,7 +331,7 @@ class Store:
 
     def _run_suspend(self, lease: Lease, tail: int | None, mark: object) -> int | None:
         with lease:
-            self._to_host(lease, 0, lease.num_blocks, mark)
+            self._edges.to_host(lease, 0, lease.num_blocks, mark)
         reservation = None if tail is None else self.index.reserve(HOST, 1)
         if tail is None or reservation is None:
             return None
@@ -291,84 +350,32 @@ class Store:
         self.index.free(HOST, [place])
 
     def release(self, match: Match) -> None:
-        """Unpin; what was saved stays until it is forgotten for room."""
+        """Unpin; what was saved stays until it is forgotten for room. The request may be taken again."""
         self.offer(match)
         match.lease.release()
 
-    # -- copying down -----------------------------------------------------------------------------------------------
+    def end(self, match: Match, ending: Ending) -> None:
+        """The request is over: unpin, and say what is expected after it."""
+        lease = match.lease
+        self.index.end(lease, ending, now_s=self.places.clock())
+        session = lease.use.hints.session if lease.use else None
+        if lease.use and session is not None:
+            if ending.next is Next.ENDED:
+                self._sessions.forget(session)
+            else:
+                self._sessions.remember(session, lease.tokens(0, lease.num_blocks), lease.use)
+        self.release(match)
 
-    def _queue_host(self, lease: Lease, lo: int, hi: int) -> None:
-        """Copy blocks [lo, hi) to the host, and from there to the tiers that are written through."""
-        own = lease.share(lo, hi, DEVICE)
-        job = partial(self._run_host, own, lo, hi, self.places.device.mark())
-        if self.mover.submit(SAVE_LANE, job, blocks=hi - lo) is None:
-            self.metrics.saves_dropped.add(hi - lo, "host", "queue")
-            own.release()
-
-    def _run_host(self, lease: Lease, lo: int, hi: int, mark: object) -> None:
-        with lease:
-            self._to_host(lease, lo, hi, mark)
-
-    def _to_host(self, lease: Lease, lo: int, hi: int, mark: object, *, share: float = 1.0) -> None:
-        """Copy to the host, and queue what the tiers below it want as soon as it is there."""
-        copy_to_host(self.places, lease, lo, hi, mark=mark, share=share)
-        for below in self.below:
-            if below.copy_down == "save":
-                self._queue_below(below, lease, lo, hi)
-
-    def _queue_below(self, below: Below, lease: Lease, lo: int, hi: int) -> None:
-        """Write blocks [lo, hi), as far as the host holds them, to a tier below it."""
-        reason = "down" if below.breaker.open else "queue"
-        own = lease.share(lo, hi, HOST)
-        job = partial(self._run_below, below, own, lo, hi)
-        future = None if below.breaker.open else self.mover.submit(below.name, job, blocks=hi - lo)
-        if future is None:
-            self.metrics.saves_dropped.add(hi - lo, below.name, reason)
-            own.release()
-
-    def _run_below(self, below: Below, lease: Lease, lo: int, hi: int) -> None:
-        with lease:
-            write_down(self.places, below, lease, lo, hi)
-
-    def _copy_second_use(self, lease: Lease) -> None:
-        if self._host_copy_down == "second_use":
-            for lo, hi in lease.second_use(HOST):
-                self._queue_host(lease, lo, hi)
-        for below in self.below:
-            if below.copy_down == "second_use":
-                for lo, hi in lease.second_use(below.number):
-                    self._queue_below(below, lease, lo, hi)
-
-    def _copy_ahead(self) -> None:
-        """Where `copy_down` is "spill": copy what is forgotten next, once room is short, so that eviction only forgets."""
-        for spill in self._spills:
-            free, capacity = self.index.room(spill.above)
-            if spill.under_way or free > self._watermark * capacity:
-                continue
-            leases = self.index.spill(spill.above, spill.below.number if spill.below else HOST, self._piece)
-            if not leases:
-                continue
-            spill.under_way = True
-            job = partial(self._run_spill, spill, leases, self.places.device.mark())
-            lane = spill.below.name if spill.below else SAVE_LANE
-            if self.mover.submit(lane, job, blocks=sum(lease.num_blocks - lease.lo for lease in leases)) is None:
-                self._end_spill(spill, leases)
-
-    def _run_spill(self, spill: _Spill, leases: Sequence[Lease], mark: object) -> None:
-        try:
-            for lease in leases:
-                if spill.below is None:
-                    self._to_host(lease, lease.lo, lease.num_blocks, mark, share=self._spill_share)
-                else:
-                    write_down(self.places, spill.below, lease, lease.lo, lease.num_blocks)
-        finally:
-            self._end_spill(spill, leases)
-
-    @staticmethod
-    def _end_spill(spill: _Spill, leases: Sequence[Lease]) -> None:
-        for lease in leases:
-            lease.release()
-        spill.under_way = False
+    def follow(self, session: str, ending: Ending) -> None:
+        """Say what comes after a session's last request, once that has been ended; unknown sessions are fine."""
+        last = self._sessions.last(session)
+        if last is None:
+            return
+        tokens, use = last
+        with self.index.keep(self.root, tokens, use=use) as lease:
+            self.index.end(lease, ending, now_s=self.places.clock())
+        if ending.next is Next.ENDED:
+            self._sessions.forget(session)
 
     # -- whole tiers ------------------------------------------------------------------------------------------------
 
@@ -421,6 +428,8 @@ class Store:
         if self._closed:
             return
         self._closed = True
+        self._ahead.close()
+        self._pins.close()
         with ExitStack() as last:  # each, whatever becomes of the others
             last.callback(self.places.host.close)
             last.callback(self.places.device.close)

@@ -1,4 +1,5 @@
-"""The two journeys of a block: up to the device (`Load`), and down to the tiers below (`copy_to_host`, `write_down`).
+"""The journeys of a block: up to the device (`Load`), up to the host ahead of that (`copy_up`), and down to the tiers below
+(`copy_to_host`, `write_down`).
 
 Each is a job for the mover and follows reserve -> move -> commit: the index says what may be touched, the bytes move without
 any lock, the index is told how it went. Whatever breaks in between leaves a miss. All bytes pass through host memory: a place
@@ -273,20 +274,7 @@ class Load:
         return arrived and good == hi - lo
 
     def _read(self, below: Below, lo: int, hi: int, views: Sequence[memoryview]) -> list[bool]:
-        left_s = self.deadline - self.places.clock()
-        if left_s <= 0:
-            return [False] * (hi - lo)
-        keys = self.lease.keys(lo, hi)
-        call = partial(below.tier.read, keys, views, deadline_s=left_s)
-        came = below.attempt(call, count=hi - lo, failures=self.places.metrics.misses)
-        if came is None:
-            return [False] * (hi - lo)
-        lost = [lo + at for at, ok in enumerate(came) if not ok]
-        if lost and below.number is not None and self.places.clock() < self.deadline:
-            # The tier has it no more, or has it broken: both it and the index forget it.
-            below.forget([keys[block - lo] for block in lost])
-            self.places.index.drop(below.number, self.lease, lost)
-        return came
+        return _read_below(self.places, below, self.lease, range(lo, hi), views, deadline=self.deadline)
 
     def _load_remote(self) -> bool:
         if not self.source or not self.remote:
@@ -349,6 +337,44 @@ def copy_to_host(places: Places, lease: Lease, lo: int, hi: int, *, mark: object
         refused = sum(max(0, min(b, last) - max(a, first)) for a, b in lease.missing(HOST))
         if refused:
             places.metrics.saves_dropped.add(refused, "host", "full")
+
+
+def copy_up(places: Places, below: Below, lease: Lease, lo: int, hi: int, *, deadline: float) -> int:
+    """Read those blocks [lo, hi) of the lease into the host that it lacks, as far as it has room; how many came."""
+    start = places.clock()
+    copy = places.index.begin_copy(lease, HOST, lo, hi)
+    if copy is None:
+        return 0
+    came = [False] * len(copy.blocks)
+    try:
+        came = _read_below(places, below, lease, copy.blocks, places.views(copy.places), deadline=deadline)
+    finally:
+        places.index.commit_copy(copy, came)
+    places.metrics.blocks_prefetched.add(sum(came), below.name)
+    if below.number is not None:
+        places.cost.observe_fetch(below.number, sum(came), places.clock() - start)
+    return sum(came)
+
+
+def _read_below(
+    places: Places, below: Below, lease: Lease, blocks: Sequence[int], views: Sequence[memoryview], *, deadline: float
+) -> list[bool]:
+    """Read some of the lease's blocks. What a tier turns out to have no more, or to have broken, it and the index forget."""
+    left_s = deadline - places.clock()
+    if left_s <= 0:
+        return [False] * len(blocks)
+    first = blocks[0]
+    known = lease.keys(first, blocks[-1] + 1)
+    keys = [known[block - first] for block in blocks]
+    call = partial(below.tier.read, keys, views, deadline_s=left_s)
+    came = below.attempt(call, count=len(blocks), failures=places.metrics.misses)
+    if came is None:
+        return [False] * len(blocks)
+    lost = [block for block, ok in zip(blocks, came, strict=True) if not ok]
+    if lost and below.number is not None and places.clock() < deadline:
+        below.forget([known[block - first] for block in lost])
+        places.index.drop(below.number, lease, lost)
+    return came
 
 
 def write_down(places: Places, below: Below, lease: Lease, lo: int, hi: int) -> None:

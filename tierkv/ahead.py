@@ -1,0 +1,138 @@
+"""What a store does for requests that wait in an engine's queue: their blocks are forgotten last, and come up to host memory.
+
+    disk, shared ──piece──▶ host         one piece at a time, on a lane of its own, for whoever has waited longest
+
+A load never waits for it: no piece is begun while one is queued or under way, no spare place is borrowed, and what is brought
+for requests that still wait is a bounded part of the host tier. A piece that fails ends it for that request: its load asks again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from threading import Lock
+from typing import Final
+
+from tierkv.index import Lease, Want
+from tierkv.keys import Key
+from tierkv.mover import AHEAD_LANE, LOAD_LANE, Mover
+from tierkv.transfers import HOST, Below, Places, copy_up
+
+Found = tuple[Below, list[Key]]
+"""A shared tier, and the keys that it holds after those that are known."""
+NOTHING: Final[Sequence[Key]] = ()
+
+
+class Expected:
+    """A request that waits. brought: blocks that came to the host for it."""
+
+    def __init__(self, tokens: bytes, want: Want) -> None:
+        self.tokens, self.want = tokens, want
+        self.brought = 0
+        self.base = 0  # blocks that were known when the shared tiers were asked
+        self.found: Found | None = None
+        self.asked = False
+
+
+class Ahead:
+    """Requests that wait, in the order of their coming, and the one transfer for them. Thread-safe.
+
+    share: part of the host tier that may hold what was brought for them.  piece: blocks moved at a time.
+    ask: which keys after a lease's last block a shared tier holds; None: there is none to ask.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: Key,
+        block_bytes: int,
+        places: Places,
+        below: Mapping[int, Below],
+        ask: Callable[[Lease, bytes], Found | None] | None,
+        mover: Mover,
+        share: float,
+        piece: int,
+        deadline_s: float,
+    ) -> None:
+        self._root, self._block_bytes, self._places, self._mover = root, block_bytes, places, mover
+        self._below, self._ask = below, ask
+        self._limit = int(share * places.index.room(HOST)[1])
+        self._piece, self._deadline_s = piece, deadline_s
+        self._lock = Lock()
+        self._waiting: dict[Expected, None] = {}
+        self._unfinished: dict[Expected, None] = {}  # those for which something may be left to bring
+        self._brought = 0
+        self._under_way = False
+
+    def expect(self, tokens: bytes) -> Expected:
+        """Take up a request that begins with these tokens; `cancel` it when it does not wait any more."""
+        expected = Expected(tokens, self._places.index.want(self._root, tokens))
+        with self._lock:
+            self._waiting[expected] = None
+            if self._below or self._ask:
+                self._unfinished[expected] = None
+        self.go_on()
+        return expected
+
+    def cancel(self, expected: Expected) -> None:
+        """Bring no more for it, and let its blocks be forgotten like others. Idempotent."""
+        expected.want.release()
+        with self._lock:
+            if expected in self._waiting:
+                del self._waiting[expected]
+                self._brought -= expected.brought
+            self._unfinished.pop(expected, None)
+
+    def close(self) -> None:
+        """Cancel all."""
+        for expected in list(self._waiting):
+            self.cancel(expected)
+
+    def go_on(self) -> None:
+        """Queue the next piece, unless one is under way or a load is."""
+        with self._lock:
+            expected = next(iter(self._unfinished), None)
+            busy = self._under_way or not self._mover.is_idle(LOAD_LANE)
+            if busy or expected is None or self._brought >= self._limit:
+                return
+            self._under_way = True
+        if self._mover.submit(AHEAD_LANE, partial(self._run, expected), blocks=self._piece) is None:
+            self._under_way = False
+
+    def _run(self, expected: Expected) -> None:
+        came = 0
+        try:
+            if expected in self._waiting:
+                came = self._bring(expected)
+        finally:
+            with self._lock:
+                self._under_way = False
+                if expected in self._waiting:
+                    expected.brought += came
+                    self._brought += came
+                if not came:
+                    self._unfinished.pop(expected, None)
+        self.go_on()
+
+    def _bring(self, expected: Expected) -> int:
+        """Bring the next piece; how many blocks came."""
+        num_blocks = min(self._piece, self._limit - self._brought)
+        with self._places.index.keep(self._root, expected.tokens) as lease:
+            for tier, lo, hi in lease.sources():
+                if tier > HOST:
+                    return self._copy(self._below[tier], lease, lo, min(hi, lo + num_blocks))
+            if self._ask and not expected.asked:
+                expected.base, expected.asked = lease.num_blocks, True
+                expected.found = self._ask(lease, expected.tokens)
+            below, keys = expected.found or (None, NOTHING)
+            lo, done = lease.num_blocks, lease.num_blocks - expected.base
+            keys = keys[done : done + num_blocks] if done >= 0 else NOTHING
+            if below is None or not keys:
+                return 0
+            hi = lo + len(keys)
+            tokens = expected.tokens[lo * self._block_bytes : hi * self._block_bytes]
+            self._places.index.extend(lease, tokens, keys=keys)
+            return self._copy(below, lease, lo, hi)
+
+    def _copy(self, below: Below, lease: Lease, lo: int, hi: int) -> int:
+        if below.breaker.open:
+            return 0
+        return copy_up(self._places, below, lease, lo, hi, deadline=self._places.clock() + self._deadline_s)
