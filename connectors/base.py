@@ -1,8 +1,9 @@
 """How an engine talks to a store. The calls come in this order, per request:
 
-    match -> load -> (save, as blocks fill) … -> release
+    (expect ->) match -> load -> (save, as blocks fill) … -> release
 
-All are cheap, never block on I/O and are made from the engine's one scheduling thread.
+All are cheap, never block on I/O and are made from the engine's one scheduling thread. What an engine tells of the future
+(`expect`, hints, endings, `follow`) changes what a store forgets first and what it has at hand, never what it answers.
 """
 
 from abc import ABC, abstractmethod
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tierkv.arrival import Arrival
+from tierkv.hints import NO_ENDING, NO_HINTS, Ending, Hints
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +44,19 @@ class Connector(ABC):
     """An engine's view of a store. Tokens are int32-LE bytes (`tierkv.keys.token_bytes`), converted once per request."""
 
     @abstractmethod
-    def match(self, request: str, tokens: bytes) -> Hit | None:
+    def expect(self, request: str, tokens: bytes) -> None:
+        """Say that a request waits in the engine's queue, and will be matched with these tokens. May come any number of times.
+
+        What is held of it is forgotten last meanwhile, and brought nearer where there is time; nothing is pinned. After a
+        `match` it says that the request waits again: what was pinned is let go, as far as no load or suspend is at it.
+        """
+
+    @abstractmethod
+    def match(self, request: str, tokens: bytes, *, hints: Hints = NO_HINTS) -> Hit | None:
         """Find and pin the longest known prefix of `tokens`. None: being looked for, ask again soon.
 
         At least one token must be computed to sample the next one: pass the tokens that may be reused, not all.
+        hints: of the request, the same each time it is asked for.
         """
 
     @abstractmethod
@@ -69,8 +80,11 @@ class Connector(ABC):
         """What has been moved since the last call."""
 
     @abstractmethod
-    def release(self, request: str) -> None:
+    def release(self, request: str, *, ending: Ending = NO_ENDING) -> None:
         """The request is over: unpin. Unknown requests are fine (aborts come twice)."""
+
+    def follow(self, session: str, ending: Ending) -> None:  # noqa: B027 -- not every store listens
+        """Say what comes after a session's last request, where that is known only after its `release`."""
 
 
 class PagedConnector(Connector):

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from tierkv.ahead import Expected
 from tierkv.arrival import Arrival
 from tierkv.connectors.base import Hit, PagedConnector, Progress
+from tierkv.hints import NO_ENDING, NO_HINTS, Ending, Hints
 from tierkv.layout import TOKEN_BYTES
+from tierkv.policies.base import Use
 from tierkv.store import Match, Search, Store
 from tierkv.transfers import DEVICE, HOST
 
@@ -21,6 +24,11 @@ class _Tail:
 
 @dataclass(slots=True)
 class _Request:
+    """expected: while it waits.  taken, use: it has been matched once, and what the index made of that."""
+
+    expected: Expected | None = None
+    taken: bool = False
+    use: Use | None = None
     search: Search | None = None
     match: Match | None = None
     loading: bool = False
@@ -38,17 +46,39 @@ class EngineConnector(PagedConnector):
 
     # -- finding and loading ----------------------------------------------------------------------------------------
 
-    def match(self, request: str, tokens: bytes) -> Hit | None:
+    def expect(self, request: str, tokens: bytes) -> None:
+        """Let its blocks be forgotten last, and come to the host, until it is matched."""
+        state = self._requests.setdefault(request, _Request())
+        self._unpin(state)
+        self._await(state, tokens)
+
+    def _await(self, state: _Request, tokens: bytes) -> None:
+        if state.expected is not None and state.expected.tokens != tokens:
+            self._awaited(state)
+        if state.expected is None:
+            state.expected = self.store.expect(tokens)
+
+    def _awaited(self, state: _Request) -> None:
+        if state.expected is not None:
+            self.store.cancel(state.expected)
+            state.expected = None
+
+    def match(self, request: str, tokens: bytes, *, hints: Hints = NO_HINTS) -> Hit | None:
         """Find and pin; None while a shared tier is being asked."""
         state = self._requests.setdefault(request, _Request())
-        if state.match is not None:
-            self._unpin(state)
+        self._unpin(state)
         if state.search is None or state.search.tokens != tokens:
             state.search = self.store.search(tokens)
         if not state.search.ready:
+            self._await(state, tokens)
             return None
-        match = state.match = self.store.take(state.search)
-        state.search = None
+        if state.taken:
+            match = self.store.take_again(state.search, state.use)
+        else:
+            match = self.store.take(state.search, hints=hints)
+            state.taken, state.use = True, match.lease.use
+        state.match, state.search = match, None
+        self._awaited(state)
         self._use_tail(state, match, tokens)
         return self._hit(match)
 
@@ -129,7 +159,7 @@ class EngineConnector(PagedConnector):
         match = self._requests[request].match
         if match is not None:
             twin = Match(match.lease.fork(), match.shared, 0, dirty=match.lease.num_blocks)
-            self._requests[child] = _Request(match=twin)
+            self._requests[child] = _Request(match=twin, taken=True, use=twin.lease.use)
 
     def suspend(self, request: str, *, tail: int | None, num_tokens: int) -> "Future[None]":
         """Move what the request has to the host."""
@@ -146,12 +176,19 @@ class EngineConnector(PagedConnector):
         kept.add_done_callback(lambda _: done.set_result(None))
         return done
 
-    def release(self, request: str) -> None:
+    def release(self, request: str, *, ending: Ending = NO_ENDING) -> None:
         """Unpin, and forget the request."""
         state = self._requests.pop(request, None)
-        if state is not None:
-            self._unpin(state)
-            self._drop_tail(state)
+        if state is None:
+            return
+        if state.match is not None:
+            self.store.end(state.match, ending)
+        self._awaited(state)
+        self._drop_tail(state)
+
+    def follow(self, session: str, ending: Ending) -> None:
+        """Tell the store of the session's last request."""
+        self.store.follow(session, ending)
 
     def _unpin(self, state: _Request) -> None:
         if state.match is not None:

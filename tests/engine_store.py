@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tierkv.connectors.base import Hit, PagedConnector, Progress
+from tierkv.hints import NO_ENDING, NO_HINTS, Ending, Hints
 from tierkv.layout import TOKEN_BYTES, Layout
 
 
@@ -48,6 +49,10 @@ class MemoryConnector(PagedConnector):
         self.pins: dict[bytes, int] = {}
         self.tails: dict[str, tuple[int, torch.Tensor]] = {}
         self.log: list[str] = []
+        self.expected: dict[str, bytes] = {}
+        self.hints: dict[str, Hints] = {}
+        self.endings: dict[str, Ending] = {}
+        self.followed: list[tuple[str, Ending]] = []
         self._bytes = layout.block_tokens * TOKEN_BYTES
         self._free = list(range(num_pages))
         self._known: dict[str, Known] = {}
@@ -73,11 +78,18 @@ class MemoryConnector(PagedConnector):
 
     # -- PagedConnector
 
-    def match(self, request: str, tokens: bytes) -> Hit | None:
+    def expect(self, request: str, tokens: bytes) -> None:
+        self._unpin(request)
+        self._known.pop(request, None)
+        self.expected[request] = tokens
+
+    def match(self, request: str, tokens: bytes, *, hints: Hints = NO_HINTS) -> Hit | None:
+        assert self.hints.setdefault(request, hints) == hints, "hints of a request do not change"
         if self._random.random() < self._manners.asks:
             return None
         self._unpin(request)
         known = self._known[request] = Known()
+        self.expected.pop(request, None)
         pages: list[int | None] = []
         sources: dict[str, int] = {}
         step, count = self._bytes, 0
@@ -170,10 +182,15 @@ class MemoryConnector(PagedConnector):
             run()
         return Progress(loaded=len(due))
 
-    def release(self, request: str) -> None:
+    def release(self, request: str, *, ending: Ending = NO_ENDING) -> None:
         self._unpin(request)
         self._known.pop(request, None)
+        self.expected.pop(request, None)
+        self.endings[request] = ending
         self.tails.pop(request, None)
+
+    def follow(self, session: str, ending: Ending) -> None:
+        self.followed.append((session, ending))
 
     def allocate(self, num_pages: int) -> list[int] | None:
         for key in [key for key in self.device if not self.pins.get(key)]:

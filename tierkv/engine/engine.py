@@ -26,6 +26,7 @@ from tierkv.engine.sequence import Request, Sequence, State
 from tierkv.engine.stats import EngineStats, RequestStats
 from tierkv.engine.text import TextStream
 from tierkv.errors import ConfigError, RequestError, TokensError
+from tierkv.hints import NO_HINTS, Ending, Hints, Next
 from tierkv.keys import token_bytes
 from tierkv.layout import Layout
 from tierkv.metrics import Metrics
@@ -129,15 +130,25 @@ class Engine:
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    def add(self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None) -> str:
-        """Queue a prompt, text or token ids; `step` brings its output. Raises RequestError if it can never be served."""
+    def add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        hints: Hints = NO_HINTS,
+    ) -> str:
+        """Queue a prompt, text or token ids; `step` brings its output. Raises RequestError if it can never be served.
+
+        hints: what the caller knows of it that its tokens do not show; they change what is forgotten first, no token.
+        """
         params = params or SamplingParams()
         tokens = self._tokens(prompt)
         name = self._name(request_id, "request")
         self._check(tokens, params)
         seed = derived_seed(self.config.seed, name) if params.seed is None else params.seed
         limit = min(len(tokens) + params.max_tokens, self.max_context, self._pool_tokens)
-        request = self._requests[name] = Request(name, params, len(tokens), seed, limit, self._clock())
+        request = self._requests[name] = Request(name, params, len(tokens), seed, limit, self._clock(), hints)
         text = TextStream(self.tokenizer, params.stop_strings, skip_special_tokens=params.skip_special_tokens)
         self._core.start(request, Sequence(name, request, 0, 0, tokens, text))
         return name
@@ -155,7 +166,8 @@ class Engine:
         own = replace(params or parent.params, n=1)
         seed = derived_seed(parent.seed, name) if params is None or params.seed is None else params.seed
         limit = min(parent.prompt_tokens + own.max_tokens, parent.token_limit if params is None else self.max_context)
-        request = Request(name, own, parent.prompt_tokens, seed, max(limit, len(first.tokens) + 1), self._clock())
+        limit = max(limit, len(first.tokens) + 1)
+        request = Request(name, own, parent.prompt_tokens, seed, limit, self._clock(), parent.hints)
         request.sources, request.started_s = parent.sources, parent.started_s
         child = Sequence(name, request, 0, 0, first.tokens[:], first.text.copy(), logprobs=list(first.logprobs))
         child.num_delivered = len(first.output)
@@ -169,6 +181,17 @@ class Engine:
         self._outputs.pop(request_id, None)
         for sequence in request.sequences if request else ():
             self._core.abort(sequence)
+
+    def follow(self, session: str, ending: Ending) -> None:
+        """Say what comes after the last finished request of a session (`Hints.session`): a tool's result, a person's turn.
+
+        It changes what is forgotten first; for sessions that nobody knows, or knows any more, nothing.
+        """
+        self.connector.follow(session, ending)
+
+    def end_session(self, session: str) -> None:
+        """Say that nothing more comes of a session."""
+        self.follow(session, Ending(Next.ENDED))
 
     # -- output -------------------------------------------------------------------------------------------------------
 
@@ -184,22 +207,28 @@ class Engine:
         return bool(self._requests) or any(request not in self._claimed for request in self._outputs)
 
     def generate(
-        self, prompts: Prompt | List[Prompt], params: SamplingParams | List[SamplingParams] | None = None
+        self,
+        prompts: Prompt | List[Prompt],
+        params: SamplingParams | List[SamplingParams] | None = None,
+        *,
+        hints: Hints | List[Hints] = NO_HINTS,
     ) -> list[Output]:
         """Run a batch of prompts to their ends; outputs in the same order. One prompt is a batch of one.
+
+        params, hints: of all, or one for each.
 
         An exception, Ctrl-C too, aborts these requests and no others.
         """
         batch: list[Prompt] = [prompts] if _is_prompt(prompts) else list(prompts)  # type: ignore[arg-type, list-item]  # told apart there
         each = list(params) if isinstance(params, List) else [params or SamplingParams()] * len(batch)
-        if len(each) != len(batch):
-            raise RequestError(
-                f"{len(each)} sampling parameters for {len(batch)} prompts: give one for all, or one for each"
-            )
+        told = list(hints) if isinstance(hints, List) else [hints] * len(batch)
+        for what, given in (("sampling parameters", each), ("hints", told)):
+            if len(given) != len(batch):
+                raise RequestError(f"{len(given)} {what} for {len(batch)} prompts: give one for all, or one for each")
         ids: list[str] = []
         try:
-            for prompt, own in zip(batch, each, strict=True):
-                ids.append(self.add(prompt, own))
+            for prompt, own, hint in zip(batch, each, told, strict=True):
+                ids.append(self.add(prompt, own, hints=hint))
                 self._claimed.add(ids[-1])
             requests = [self._requests[request] for request in ids]
             while not all(request.is_finished for request in requests):
@@ -208,15 +237,19 @@ class Engine:
         finally:
             self._disclaim(ids)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, hints: Hints = NO_HINTS
+    ) -> Iterator[RequestOutput]:
         """Yield output as it comes, the last piece with `stats`. Leaving the loop early aborts the request."""
         params = params or SamplingParams()
         tokens = self._tokens(prompt)
         self._check(tokens, params)  # now, not at the first piece
-        return self._stream(tokens, params)
+        return self._stream(tokens, params, hints)
 
-    def _stream(self, tokens: "array[int]", params: SamplingParams) -> Iterator[RequestOutput]:
-        request = self.add(tokens, params)  # only now: a stream that nobody reads must leave nothing behind
+    def _stream(self, tokens: "array[int]", params: SamplingParams, hints: Hints) -> Iterator[RequestOutput]:
+        request = self.add(
+            tokens, params, hints=hints
+        )  # only now: a stream that nobody reads must leave nothing behind
         self._claimed.add(request)
         try:
             finished = False
@@ -231,9 +264,11 @@ class Engine:
         finally:
             self._disclaim([request])
 
-    def chat(self, messages: List[Mapping[str, str]], params: SamplingParams | None = None) -> Output:
+    def chat(
+        self, messages: List[Mapping[str, str]], params: SamplingParams | None = None, *, hints: Hints = NO_HINTS
+    ) -> Output:
         """Answer a conversation of {"role", "content"} messages."""
-        return self.generate([self.chat_prompt(messages)], params)[0]
+        return self.generate([self.chat_prompt(messages)], params, hints=hints)[0]
 
     def chat_prompt(self, messages: List[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation, by the model's chat template: for `add`, `stream` and `generate`."""

@@ -8,6 +8,7 @@ import torch
 
 from tierkv.connectors.base import Hit, PagedConnector, Progress
 from tierkv.errors import ConfigError
+from tierkv.hints import NO_ENDING, NO_HINTS, Ending, Hints
 from tierkv.layout import Layout
 
 T = TypeVar("T")
@@ -33,7 +34,10 @@ class PrivatePages(PagedConnector):
         """Pages nobody holds."""
         return len(self._free)
 
-    def match(self, request: str, tokens: bytes) -> Hit | None:
+    def expect(self, request: str, tokens: bytes) -> None:
+        """Nothing is known of anybody."""
+
+    def match(self, request: str, tokens: bytes, *, hints: Hints = NO_HINTS) -> Hit | None:
         """Nothing is ever found."""
         return Hit()
 
@@ -49,7 +53,7 @@ class PrivatePages(PagedConnector):
         """Nothing moves."""
         return Progress()
 
-    def release(self, request: str) -> None:
+    def release(self, request: str, *, ending: Ending = NO_ENDING) -> None:
         """Nothing is pinned."""
 
     def allocate(self, num_pages: int) -> list[int] | None:

@@ -63,7 +63,9 @@ class Scheduler:
         return self._asks
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence."""
+        """Queue a sequence; the connector hears of it unless the next step will take it up anyway."""
+        if not self.is_idle:
+            self._connector.expect(sequence.id, _reusable(sequence))
         sequence.state = State.WAITING
         insort(self._waiting, sequence, key=_rank)
 
@@ -123,7 +125,7 @@ class Scheduler:
         """Let go of hits whose sequences could not be placed; they are matched again. True if there were any."""
         pinning = [known for known in self._waiting if known.hit is not None and known is not but]
         for sequence in pinning:
-            self._connector.release(sequence.id)
+            self._connector.expect(sequence.id, _reusable(sequence))
             sequence.hit = None
         return bool(pinning)
 
@@ -164,7 +166,7 @@ class Scheduler:
         self._running.remove(sequence)
         sequence.request.sources = None
         self._let_go(sequence)
-        self._connector.release(sequence.id)
+        self._connector.expect(sequence.id, _reusable(sequence))
         self.add(sequence)
 
     # -- in -----------------------------------------------------------------------------------------------------------
@@ -176,7 +178,8 @@ class Scheduler:
             if not self._admits or budget <= 0 or len(self._running) + len(self._loading) >= self._max_sequences:
                 return
             if sequence.hit is None:
-                sequence.hit = self._connector.match(sequence.id, sequence.tokens[:-1].tobytes())
+                hints = sequence.request.hints
+                sequence.hit = self._connector.match(sequence.id, _reusable(sequence), hints=hints)
             if sequence.hit is None:
                 self._asks = True
                 continue  # a shared tier is being asked; whoever is behind may overtake
@@ -283,7 +286,7 @@ class Scheduler:
         sequence.num_computed = sequence.num_offered = 0
         sequence.hit = sequence.load = sequence.rest = None
         if sequence.state is State.FINISHED:
-            self._connector.release(sequence.id)
+            self._connector.release(sequence.id, ending=sequence.ending)
 
     # -- transfers ----------------------------------------------------------------------------------------------------
 
@@ -313,6 +316,11 @@ class Scheduler:
         """What an engine without work waits for."""
         loads = [sequence.load for sequence in self._loading if sequence.load is not None]
         return [*loads, *(future for future, _ in self._moving)]
+
+
+def _reusable(sequence: Sequence) -> bytes:
+    """Tokens whose KV may be reused: without the last, which is computed to sample the next."""
+    return sequence.tokens[:-1].tobytes()
 
 
 def _outcome(load: "Future[int]") -> int:

@@ -16,6 +16,7 @@ from tierkv.connectors.base import Hit
 from tierkv.engine.sampling import Draw, SamplingParams, TokenLogprobs
 from tierkv.engine.stats import RequestStats
 from tierkv.engine.text import TextStream
+from tierkv.hints import NO_ENDING, NO_HINTS, Ending, Hints
 
 
 class State(Enum):
@@ -38,6 +39,7 @@ class Request:
     seed: int
     token_limit: int
     added_s: float
+    hints: Hints = NO_HINTS
     sequences: "list[Sequence]" = field(default_factory=list)
     started_s: float | None = None
     first_token_s: float | None = None
@@ -103,6 +105,12 @@ class Sequence:
     def output(self) -> "array[int]":
         """Tokens after the prompt."""
         return self.tokens[self.request.prompt_tokens :]
+
+    @property
+    def ending(self) -> Ending:
+        """What a store may know of its end: nothing of one that was aborted."""
+        done = self.finish_reason in ("stop", "length")
+        return Ending(output_tokens=len(self.tokens) - self.request.prompt_tokens) if done else NO_ENDING
 
     def draw(self) -> Draw:
         """How its next token is sampled."""
