@@ -16,9 +16,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tierkv import fates, strands, tree, wants
 from tierkv import lease as lease_module
-from tierkv import strands, tree
 from tierkv.cost import CostModel
+from tierkv.fates import Fate
 from tierkv.hints import Ending, Hints, Next
 from tierkv.index import Copy, Index, Lease, Reservation, TierSpec, Want
 from tierkv.keys import Key, chain
@@ -151,6 +152,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.history_blocks = 0
         self.now_s = 0.0
         self.seen: set[Path] = set()  # what the recorder was told of
+        self.left: dict[tuple[int, Path], Fate] = {}  # how blocks left tiers, the latest last
         self.held: list[dict[Path, int | None]] = [{} for _ in TIERS]
         self.stamps: dict[Path, int] = {}
         self.uses: dict[Path, int] = {}
@@ -242,6 +244,7 @@ class IndexMachine(RuleBasedStateMachine):
             possible = [path for path in candidates if path in gone and (not self.exact or self.stamps[path] == oldest)]
             assert possible, "forgot another block than leaf-LRU"
             del self.held[tier][possible[0]]
+            self.leave(tier, possible[0], self.index._tree.rooms[tier].policy.name)
             order.append(possible[0])
         assert len(order) == len(gone), "forgot another number of blocks than it says"
         self.settle()
@@ -263,7 +266,12 @@ class IndexMachine(RuleBasedStateMachine):
         for part in gone:
             del self.stamps[part], self.uses[part]
         self.seen &= known
+        self.left = {(tier, part): fate for (tier, part), fate in self.left.items() if part in known}
         return known
+
+    def leave(self, tier: int, path: Path, why: str) -> None:
+        self.left.pop((tier, path), None)
+        self.left[tier, path] = Fate(tier, self.now_s, why)
 
     def known(self, path: Path) -> Path:
         size = 1
@@ -520,12 +528,14 @@ class IndexMachine(RuleBasedStateMachine):
         copy, path = self.copies.pop(which % len(self.copies))
         ok = [at != bad and bad != 1 for at in range(len(copy.blocks))]
         if any(ok):
-            self.index.commit_copy(copy, ok)
+            self.index.commit_copy(copy, ok, reason="corrupt")
         else:
-            self.index.abort(copy)
+            self.index.abort(copy, reason="corrupt")
         for at, (block, good) in enumerate(zip(copy.blocks, ok, strict=True)):
             if good:
                 self.held[copy.tier][path[: block + 2]] = copy.places[at] if PLACED[copy.tier] else None
+            else:
+                self.leave(copy.tier, path[: block + 2], "corrupt")
         self.index.abort(copy)  # a second end changes nothing
 
     @precondition(lambda self: self.leases)
@@ -590,13 +600,15 @@ class IndexMachine(RuleBasedStateMachine):
         head_path = strand_path(head.strand, head.block + 1) if head else ()
         path = promise.path
         places = self.limbo(tier)
-        self.index.drop(tier, promise.lease, sorted(bad))
+        self.index.drop(tier, promise.lease, sorted(bad), reason="late")
         gone = {path[: at + 2] for at in bad if at < len(path) - 1}
         if head and len(head_path) - 2 in bad and len(head_path) - 2 >= len(path) - 1:
             gone.add(head_path)
         gone &= self.held[tier].keys()
         places += [place for part in gone if (place := self.held[tier].pop(part)) is not None]
         assert sorted(self.limbo(tier)) == sorted(places)
+        for part in sorted(gone):
+            self.leave(tier, part, "late")
         for other in self.leases:
             for part in gone:
                 other.kept.pop((tier, part), None)
@@ -704,6 +716,25 @@ class IndexMachine(RuleBasedStateMachine):
         assert run.parent == (key_of(path[: lo + 1]) if lo else path[0]) and run.root == path[0]
         assert run.tokens == b"".join(path[lo + 1 :]) and run.depth == lo
 
+    @rule(root=st.sampled_from(ROOTS), blocks=blocks_of, tail=tails, past=any_of)
+    def explain(self, root: Key, blocks: Any, tail: Any, past: int) -> None:
+        if self.past and past:
+            root, blocks = ROOTS[0], [*self.past[-past % len(self.past)], *blocks]
+        path = path_of(root, tokens_of(blocks, tail))
+        known = len(self.known(path)) - 1
+        at = 0
+        for part in self.index.explain(root, tokens_of(blocks, tail)):
+            assert part.lo == at < part.hi
+            for block in range(at, part.hi):
+                one = path[: block + 2]
+                assert part.known == (block < known)
+                assert part.tiers == tuple(tier for tier in TIERS if one in self.held[tier])
+                left = [fate for (tier, other), fate in self.left.items() if other == one and tier not in part.tiers]
+                assert part.fates == tuple(reversed(left))
+            at = part.hi
+        assert at == len(path) - 1
+        assert set(self.index.roots()) >= {path[0] for path in self.stamps}
+
     # -- what always holds -----------------------------------------------------------------------------------------
 
     @invariant()
@@ -745,6 +776,12 @@ class IndexMachine(RuleBasedStateMachine):
         assert stats.num_blocks == stats.num_past == min(self.history_blocks, stats.num_blocks)
         assert self.history_blocks or (stats.num_strands == 0 and not self.index._tree.roots)
         assert all(tier.used == 0 for tier in stats.tiers)
+
+
+@pytest.fixture(autouse=True)
+def every_fate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model forgets none; what is forgotten for room is in test_index_fates.py."""
+    monkeypatch.setattr(fates, "MAX_FATES", 99)
 
 
 def run(machine: type[IndexMachine], examples: int, **options: Any) -> None:
@@ -849,6 +886,43 @@ def _grow_hangs_too_deep(old: Any) -> Any:
     return grow
 
 
+def _remember_too_much(old: Any) -> Any:
+    def init(self: tree.Tree, *, history_blocks: int, **others: Any) -> None:
+        old(self, history_blocks=history_blocks + bool(history_blocks), **others)
+
+    return init
+
+
+def _need_the_strand_only(old: Any) -> Any:
+    def need(self: tree.Tree, strand: strands.Strand, end: int) -> None:
+        parent, strand.parent = strand.parent, None
+        before, self.num_past = strand.past, self.num_past - max(0, end - (strand.size - strand.past))
+        strand.past = min(before, strand.size - end)
+        strand.parent = parent
+
+    return need
+
+
+def _cut_in_silence(old: Any) -> Any:
+    def cut(self: tree.Tree, strand: strands.Strand, size: int) -> None:
+        observer, self.observer = self.observer, None
+        old(self, strand, size)
+        self.observer = observer
+
+    return cut
+
+
+def _first_queued_goes_first(old: Any) -> Any:
+    def pop(self: wants.Parked) -> strands.Strand | None:
+        if not self:
+            return None
+        strand, _ = min(self.items(), key=lambda item: item[1])
+        self.take(strand)
+        return strand
+
+    return pop
+
+
 FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "unpin leaves the pin": (tree.Tree, "unpin", lambda old: lambda *_: None),
     "a second pin is not counted": (
@@ -904,6 +978,44 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
         strands.Fork,
         "nearest",
         lambda old: lambda self, start: sorted(old(self, start), key=lambda found: found[0]),
+    ),
+    "history is forgotten newest first": (
+        LruPolicy,
+        "rank",
+        lambda old: (
+            lambda self, strand, block: old(self, strand, block) if self.tier >= 0 else (-strand.stamp(block), 0)
+        ),
+    ),
+    "a block of history too many": (tree.Tree, "__init__", _remember_too_much),
+    "history does not become needed again": (tree.Tree, "_need", lambda old: lambda *_: None),
+    "what is above history stays history": (tree.Tree, "_need", _need_the_strand_only),
+    "nobody hears that blocks have gone": (tree.Tree, "_cut", _cut_in_silence),
+    "asking for history does not make it young": (tree.Tree, "use", lambda old: lambda *_: None),
+    "to look is to use": (Index, "keep", lambda old: lambda self, root, tokens, use=None: self.acquire(root, tokens)),
+    "a wanted block goes like others": (
+        tree.Tree,
+        "victim",
+        lambda old: lambda self, tier: self.rooms[tier].policy.pop(),
+    ),
+    "the first queued goes first": (wants.Parked, "pop", _first_queued_goes_first),
+    "a tail stays parked": (tree.Tree, "_reclaim", lambda old: lambda *_: None),
+    "what comes later is not wanted": (tree.Tree, "arrived", lambda old: lambda *_: None),
+    "a parked tail is never forgotten": (wants.Parked, "pop", lambda old: lambda self: None),
+    "fates are told of blocks that are held again": (
+        fates,
+        "explain",
+        lambda old: (
+            lambda path, num_blocks: [
+                part._replace(fates=tuple(fate for _, _, fate in path[0][0].fates or ()) or part.fates)
+                for part in old(path, num_blocks)
+            ]
+        ),
+    ),
+    "the fate of blocks that went stays": (fates, "cut", lambda old: lambda strand: None),
+    "a fate is that of the whole strand": (
+        fates,
+        "note",
+        lambda old: lambda strand, lo, hi, fate: old(strand, 0, strand.size, fate),
     ),
     "peeking loses the victims": (
         Index,

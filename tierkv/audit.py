@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 
+from tierkv import fates
 from tierkv.keys import KEY_BYTES
 from tierkv.lease import BITS, Copy, Lease
 from tierkv.strands import HELD, HISTORY, PENDING, Fork, Holding, Steps, Strand
@@ -52,6 +53,8 @@ def _check_strand(tree: Tree, strand: Strand) -> None:
     assert strand.stamps.check() == strand.size and strand.stamp(0) <= tree.clock
     assert parent.parent is None or parent.stamp(strand.at - 1) >= strand.stamp(0), "a stamp rises"
     assert 0 <= strand.again <= strand.size
+    assert strand.fates is None or (strand.fates and all(0 <= lo < hi <= strand.size for lo, hi, _ in strand.fates))
+    assert max(Counter(fate.tier for _, _, fate in strand.fates or ()).values(), default=0) <= fates.MAX_FATES
     assert all(0 < at <= strand.size for at in children)
     _check_forks(tree, strand)
     tops = [len(holding.state) for holding in strand.holdings if holding]

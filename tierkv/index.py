@@ -5,6 +5,7 @@
     begin_copy … commit    room in any tier, filled by a mover from a block that a lease keeps
     spill, evict, drop     what to copy down next; what to forget
     want                   what to forget last
+    explain                what is held where, and how what is not held left
 
 Every public method takes the lock itself and does nothing slow inside: no I/O, no hashing. Whatever happens between two
 steps leaves a miss: a copy that is never committed is a block the tier does not hold. No clock but a count of uses; times
@@ -16,7 +17,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 
-from tierkv import audit
+from tierkv import audit, fates
+from tierkv.fates import Known
 from tierkv.hints import NO_HINTS, Ending, Hints
 from tierkv.keys import Key, chain
 from tierkv.lease import MAX_TIERS, Copy, Head, Lease, Match, Reservation, ranges
@@ -330,8 +332,11 @@ class Index:
             blocks = [block for strand, a, b in granted for block in range(strand.depth + a, strand.depth + b)]
             return Copy(lease, tier, blocks, room.take(len(blocks)), victims, granted)
 
-    def commit_copy(self, copy: Copy, ok: Sequence[bool]) -> None:
-        """End a copy: blocks that are `ok` are held, the others' places free. A copy ends once; later calls do nothing."""
+    def commit_copy(self, copy: Copy, ok: Sequence[bool], *, reason: str = "failed") -> None:
+        """End a copy: blocks that are `ok` are held, the others' places free. A copy ends once; later calls do nothing.
+
+        reason: why the others did not come (see `explain`).
+        """
         if len(ok) != len(copy.blocks):
             raise ValueError(f"{len(ok)} results for a copy of {len(copy.blocks)} blocks")
         tree, tier = self._tree, copy.tier
@@ -348,17 +353,18 @@ class Index:
                     else:
                         tree.forget(strand, a, b, tier)
                         tree.rooms[tier].give_back(places, b - a)
+                        tree.note(strand, a, b, tier, reason)
                 at += hi - lo
             strand, _, end = copy.segments[-1]
             tree.rooms[tier].pinned -= strand.depth + end
             tree.unpin(strand, end, tier)
             tree.loosen(strand, end)
 
-    def abort(self, copy: Copy) -> None:
+    def abort(self, copy: Copy, *, reason: str = "failed") -> None:
         """End a copy of which nothing arrived."""
-        self.commit_copy(copy, [False] * len(copy.blocks))
+        self.commit_copy(copy, [False] * len(copy.blocks), reason=reason)
 
-    def drop(self, tier: int, lease: Lease, blocks: Sequence[int]) -> None:
+    def drop(self, tier: int, lease: Lease, blocks: Sequence[int], *, reason: str = "absent") -> None:
         """Forget this tier's copies of some blocks of the lease's path, or of its head: they were found bad or absent.
 
         The blocks leave the tier at once, pinned or not; pins of other leases still protect what is above. A freed place
@@ -381,6 +387,7 @@ class Index:
                         self._limbo.append((self._serial, tree.rooms[tier], places))
                     else:
                         tree.rooms[tier].give_back((), lo - first)
+                    tree.note(strand, first, lo, tier, reason)
 
     def _retire(self, serial: int) -> None:
         """A lease of this serial has gone: free dropped places that no older lease can know."""
@@ -435,6 +442,24 @@ class Index:
         if self._tree.rooms[tier].placed:
             raise ValueError(f"tier {self._tree.rooms[tier].name} has places: what they hold does not survive a stop")
         return Recovery(self._tree, tier).run(runs, self._lock)
+
+    # -- why it is not held ----------------------------------------------------------------------------------------
+
+    def explain(self, root: Key, tokens: bytes) -> list[Known]:
+        """Tell of every whole block of a prompt which tiers hold it and how it left others, in order. Changes nothing.
+
+        Blocks are remembered for as long as something needs them, and then as history (`history_blocks`).
+        """
+        tree = self._tree
+        with self._lock:
+            start = tree.roots.get(root)
+            path = tree.follow(start, 0, tokens)[1:] if start else []
+            return fates.explain(path, len(tokens) // tree.block_bytes)
+
+    def roots(self) -> list[Key]:
+        """Namespaces of which something is known."""
+        with self._lock:
+            return list(self._tree.roots)
 
     # -- keys, figures, checks -------------------------------------------------------------------------------------
 

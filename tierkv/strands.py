@@ -11,9 +11,12 @@ a bytearray with views cannot grow.
 from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tierkv.keys import KEY_BYTES, Key
+
+if TYPE_CHECKING:
+    from tierkv.fates import Fate
 
 ABSENT: Final = 0
 HELD: Final = 1
@@ -226,7 +229,8 @@ class Strand:
     keys: of the leading blocks that were hashed so far.  again: leading blocks that were used at least twice.  past: last
     blocks that nothing needs any more (see tree.py): known as history only.
     holds: block offset -> number of leases and wants whose path ends there: keeps blocks in the tree, in no tier.
-    wants: number of a want -> how many leading blocks it covers (see wants.py).
+    wants: number of a want -> how many leading blocks it covers (see wants.py).  fates: how ranges of blocks left tiers,
+    the latest last (see fates.py).
     """
 
     __slots__ = (
@@ -234,6 +238,7 @@ class Strand:
         "at",
         "children",
         "depth",
+        "fates",
         "holdings",
         "holds",
         "keys",
@@ -260,6 +265,7 @@ class Strand:
         self.children: dict[int, Strand | Fork] | None = None
         self.holds: dict[int, int] | None = None
         self.wants: dict[int, int] | None = None
+        self.fates: list[tuple[int, int, Fate]] | None = None
         self.holdings: list[Holding | None] = [None] * num_tiers
 
     def tier_of(self, block: int) -> int | None:

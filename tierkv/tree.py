@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Final
 
+from tierkv import fates
 from tierkv.keys import KEY_BYTES, Key
 from tierkv.layout import TOKEN_BYTES
 from tierkv.policies.base import Observer, Victim
@@ -300,6 +301,8 @@ class Tree:
             del strand.tok[size * self.block_bytes :], strand.keys[size * KEY_BYTES :]
             strand.stamps.cut(size)
             strand.again = min(strand.again, size)
+            if strand.fates:
+                fates.cut(strand)
         else:
             self.num_strands -= 1
             if self.history_blocks:
@@ -449,7 +452,13 @@ class Tree:
             done += hi - lo
             room.policy.forgot(strand, hi - lo)
             room.give_back(self.forget(strand, lo, hi, tier), hi - lo)
+            self.note(strand, lo, hi, tier, room.policy.name)
         return done
+
+    def note(self, strand: Strand, lo: int, hi: int, tier: int, why: str) -> None:
+        """Remember how blocks [lo, hi), as far as they are still known, left the tier."""
+        if lo < strand.size:
+            fates.note(strand, lo, hi, fates.Fate(tier, self.now_s, why))
 
     def victim(self, tier: int) -> Victim | None:
         """What to forget next: what the policy names and no request wants; or else what the last queued request wants."""
