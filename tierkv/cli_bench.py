@@ -27,20 +27,33 @@ def _root(context: typer.Context) -> None:
 def device(
     as_json: AsJson = False,
     goals: Annotated[bool, typer.Option("--goals", help="Also show the ratio that is aimed at.")] = False,
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME",
+            help="Some of transfers, attention, moves, decode, prefix, store, identity; all when not given.",
+        ),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Engines run a model of the size of Llama 3 8B, not of Llama 3.2 1B.")
+    ] = False,
 ) -> None:
-    """Measure the first CUDA device: transfers between host and device, attention, and what moves or recodes KV.
+    """Measure the first CUDA device: transfers between host and device, kernels, and an engine with its store.
 
-    Every value stands beside its limit, measured in the same run: one plain copy of as many bytes from pinned memory, or the
-    card's own copy bandwidth (bytes read and written). Takes a minute or two and some GiB of host and device memory; stop what
-    else uses the card first.
+    Every value stands beside its limit, measured in the same run: one plain copy of as many bytes from pinned memory, the card's
+    own copy bandwidth (bytes read and written), or the engine without what is measured. Models have random weights: nothing is
+    downloaded. Takes some minutes, some 6 GiB of host memory, some 10 GiB of the card (--full: 40) and some GiB of the folder for
+    temporary files (TMPDIR), which is the disk that is measured; stop what else uses the card first.
     """
     from tierkv.measure import device as measured
     from tierkv.measure.lab import Lab
 
+    names = measured.chosen(parts)
     facts = measured.card()
     lab = Lab(rehearsing=False)
     with Console(stderr=True).status("", spinner="line") as status:
-        measured.run(lab, lambda part: status.update(f"measuring {part}"))
+        shape = measured.FULL if full else measured.SMALL
+        measured.run(lab, names, shape, lambda part: status.update(f"measuring {part}"))
     if as_json:
         print_json({"machine": facts, "rows": lab.rows})
     else:
@@ -69,6 +82,8 @@ def _print(facts: dict[str, Any], rows: list[Row], *, goals: bool) -> None:
 
 def _cells(row: Row, *, goals: bool) -> list[Any]:
     name = text(row["name"])
+    if "absent" in row:
+        return [name, text("not here", "dim"), "", "", text(row["absent"], "dim")]
     if "failure" in row:
         return [name, text("failed", "bold red"), "", "", text(row["failure"], "red")]
     measured = text(f"{row['value']:,.4g} {row['unit']}", "bold")

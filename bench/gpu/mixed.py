@@ -15,9 +15,8 @@ import torch
 
 from tierkv.engine import Engine, RequestOutput, SamplingParams
 from tierkv.measure.lab import Lab
+from tierkv.measure.serving import LLAMA_1B, TINY, Shape, llama, prompts, stored
 from tierkv.store import Store
-
-from .serving import LLAMA_1B, TINY, Shape, llama, prompts, stored
 
 GOAL_MEMORY: Final = 0.99
 LOOK_S: Final = 0.2
@@ -53,9 +52,9 @@ class Crowd:
 
     def __init__(self, lab: Lab, shape: Shape, engine: Engine, longest: int) -> None:
         self.engine, self.longest, self.answered = engine, longest, 0
-        self._lab, self._shape, self._random = lab, shape, random.Random(0)
+        self._shape, self._random = shape, random.Random(0)
         self._said: dict[str, list[int]] = {}
-        self._systems = prompts(lab, shape, 4, longest // 8)  # what conversations begin with
+        self._systems = prompts(shape, 4, longest // 8)  # what conversations begin with
         for _ in range(lab.pick(64, 8)):
             self._begin()
 
@@ -83,7 +82,7 @@ class Crowd:
         self._say(list(self._random.choice(self._systems)))
 
     def _say(self, said: list[int]) -> None:
-        (turn,) = prompts(self._lab, self._shape, 1, self._random.randint(1, self.longest // 8))
+        (turn,) = prompts(self._shape, 1, self._random.randint(1, self.longest // 8))
         answer = self._random.randint(1, self.longest // 16)
         if len(said) + len(turn) + answer > self.longest:
             said = list(self._random.choice(self._systems))

@@ -1,5 +1,5 @@
 """A Llama 3 8B with random weights: its decode step against what memory allows and against others, and a long prefix that
-comes back from a tier against computing it again.
+comes back from a tier against computing it again. What needs no peer is `tierkv bench device --full`, too.
 """
 
 import statistics
@@ -7,108 +7,43 @@ import tempfile
 import time
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from tierkv.engine import Engine, SamplingParams
 from tierkv.measure.lab import Lab
-from tierkv.store import Store
-from tierkv.transfers import HOST
+from tierkv.measure.reuse import run_prefixes
+from tierkv.measure.serving import LLAMA_8B, TINY, Prompts, Shape, llama, llama_config, prompts
+from tierkv.measure.steps import WARM, Rates, run_decode, sizes
 
-from .serving import (
-    LLAMA_8B,
-    TINY,
-    Prompts,
-    Shape,
-    decoding,
-    llama,
-    llama_config,
-    plain,
-    prompts,
-    seconds_per_step,
-    stop,
-    stored,
-)
-
-GOAL_STEP: Final = 0.6  # of the time that reading weights and KV takes; batch 64 is reported
 GOAL_TRANSFORMERS: Final = 2.0
-GOAL_HOST: Final = 8.0  # times the speed of computing it
-GOAL_DISK: Final = 3.0
-WARM: Final = 8  # steps of a batch that are not counted
-ROUNDS: Final = 4
-OF: Final = "Llama 3 8B"
-Rates = dict[int, float]  # tokens a second, by batch
 
 
 def run(lab: Lab) -> None:
     """What counts most comes first: time may run out."""
     shape = lab.pick(LLAMA_8B, TINY)
-    context, batches = lab.pick((2048, (1, 64)), (24, (1, 3)))
+    batches, context = sizes(lab)
     model = llama(lab, shape, torch.bfloat16)
-    rates: Rates = {}
-    with lab.attempt(f"{OF}, decode"):
-        decode(lab, model, shape, batches, context, rates)
-    with lab.attempt(f"{OF}, a prefix from the host"):
-        prefix(lab, model, shape, None)
-    if find_spec("zarr"):
-        with lab.attempt(f"{OF}, a prefix from disk"), tempfile.TemporaryDirectory(prefix="tierkv-") as folder:
-            prefix(lab, model, shape, Path(folder) / "kv")
-    else:
-        lab.absent(f"{OF}, a prefix from disk", "zarr is not installed")
+    rates = run_decode(lab, model, shape)
+    run_prefixes(lab, model, shape)
     del model
     for how, options in (("eager", {"disable_compile": True}), ("compiled", {})):
         for batch in batches[-1:] if how == "compiled" else batches:
-            with lab.attempt(f"{OF}, decode {batch} x {context} against transformers, {how}"):
-                theirs = transformers_rate(lab, shape, prompts(lab, shape, batch, context), **options)
-                against(lab, batch, context, rates, f"transformers, static cache, sdpa, {how}", theirs, batches[-1])
+            name = f"{shape.name}, decode {batch} x {context} against transformers, static cache, sdpa, {how}"
+            with lab.attempt(name):
+                theirs = transformers_rate(lab, shape, prompts(shape, batch, context), **options)
+                against(lab, name, batch, rates, theirs, GOAL_TRANSFORMERS if batch == batches[-1] else None)
     if find_spec("vllm"):
         for batch in batches:
-            with lab.attempt(f"{OF}, decode {batch} x {context} against vLLM"):
-                theirs = vllm_rate(shape, prompts(lab, shape, batch, context))
-                against(lab, batch, context, rates, "vLLM", theirs, None)
+            name = f"{shape.name}, decode {batch} x {context} against vLLM"
+            with lab.attempt(name):
+                against(lab, name, batch, rates, vllm_rate(shape, prompts(shape, batch, context)), None)
     else:
-        lab.absent(f"{OF}, decode against vLLM", "vllm is not installed")
+        lab.absent(f"{shape.name}, decode against vLLM", "vllm is not installed")
 
 
-def decode(lab: Lab, model: Any, shape: Shape, batches: tuple[int, ...], context: int, rates: Rates) -> None:
-    """A step with its sampling, until the tokens are on the host."""
-    steps = lab.pick(48, 2)
-    # The rows of the embedding that a step looks up are nothing beside the rest, all of which it reads.
-    weights = sum(parameter.nbytes for parameter in model.parameters()) - model.get_input_embeddings().weight.nbytes
-    room = max(batches) * (context + steps + WARM + 128)
-    with plain(
-        lab,
-        model,
-        pool_bytes=room * shape.kv_token_bytes,
-        max_batch_tokens=lab.pick(8192, 32),
-        max_sequences=max(batches),
-    ) as engine:
-        for batch in batches:
-            requests = decoding(engine, prompts(lab, shape, batch, context), steps=steps + WARM)
-            seconds_per_step(engine, WARM)
-            step_s = statistics.median(seconds_per_step(engine, steps))
-            stop(engine, requests)
-            rates[batch] = batch / step_s
-            kv = batch * (context + WARM + steps // 2) * shape.kv_token_bytes
-            lab.add(
-                f"{OF}, decode {batch} x {context}",
-                rates[batch],
-                "tok/s",
-                limit_name="weights + KV at copy bandwidth",
-                limit=batch * lab.copy_gbps() * 1e9 / (weights + kv),
-                goal=GOAL_STEP if batch == 1 else None,
-                rounds=steps,
-                step_ms=step_s * 1e3,
-                graph=engine.stats.graph_steps > 0,
-            )
-
-
-def against(lab: Lab, batch: int, context: int, rates: Rates, peer: str, theirs: float, goal_at: int | None) -> None:
+def against(lab: Lab, name: str, batch: int, rates: Rates, theirs: float, goal: float | None) -> None:
     """The row of a peer. Where ours has no figure, theirs stands alone."""
-    goal = GOAL_TRANSFORMERS if batch == goal_at else None
-    name = f"{OF}, decode {batch} x {context} against {peer}"
     if batch in rates:
         lab.add(name, rates[batch], "tok/s", limit_name="theirs", limit=theirs, goal=goal)
     else:
@@ -165,56 +100,3 @@ def vllm_rate(shape: Shape, batch: Prompts) -> float:
 
         seconds(2)
         return len(batch) * steps / (seconds(2 + steps) - seconds(2))  # the second time, the prefix is cached
-
-
-def prefix(lab: Lab, model: Any, shape: Shape, disk: Path | None) -> None:
-    """Time to the first token of a prompt that was served before, all but its last token found in one tier."""
-    length, tier = lab.pick(8192, 48), "disk" if disk else "host"
-    room = 3 * (length + 64) * shape.kv_token_bytes
-    computed_s, found_s = [], []
-    with stored(
-        lab,
-        model,
-        device_bytes=room,
-        host_bytes=room,
-        disk=disk,
-        max_batch_tokens=length + 64,
-        max_sequences=4,
-    ) as (engine, store):
-        for number in range(1 + lab.pick(ROUNDS, 1)):
-            (prompt,) = prompts(lab, shape, 1, length + 1)
-            taken = [first_token(engine, prompt, "computed", length)]
-            leave_only(store, tier)
-            taken.append(first_token(engine, prompt, tier, length))
-            if number:  # the first round compiles
-                computed_s.append(taken[0])
-                found_s.append(taken[1])
-    found = statistics.median(found_s)
-    lab.add(
-        f"{OF}, first token after {length} tokens from {tier}",
-        length / found,
-        "tok/s",
-        limit_name="computing them",
-        limit=length / statistics.median(computed_s),
-        goal=GOAL_DISK if disk else GOAL_HOST,
-        rounds=len(found_s),
-        ttft_ms=found * 1e3,
-    )
-
-
-def first_token(engine: Engine, prompt: list[int], source: str, length: int) -> float:
-    """Seconds until a prompt's first token. Raises RuntimeError unless its prefix came from `source`."""
-    (output,) = engine.generate([prompt], SamplingParams(max_tokens=1, ignore_eos=True))
-    if output.stats.sources.get(source, 0) < length:
-        raise RuntimeError(
-            f"{length} tokens should have come from {source}, and came from {dict(output.stats.sources)}"
-        )
-    return output.stats.ttft_s
-
-
-def leave_only(store: Store, tier: str) -> None:
-    """Copy all down, then forget what lies above a tier."""
-    store.flush()
-    store.evict_device()
-    if tier == "disk":
-        store.index.evict(HOST)

@@ -15,11 +15,10 @@ import torch
 
 from tierkv.engine import SamplingParams
 from tierkv.measure.lab import Lab
+from tierkv.measure.reuse import leave_only
+from tierkv.measure.serving import Shape, llama, prompts, stored
 
-from .model import leave_only
-from .serving import Shape, llama, prompts, stored
-
-MODEL: Final = Shape(256, 512, 2, 4, 2, 512)
+MODEL: Final = Shape("tiny", 256, 512, 2, 4, 2, 512)
 FOUND: Final = 77  # the exit code that says so
 ROOT: Final = Path(__file__).parent.parent.parent
 KERNELS: Final = (
@@ -60,7 +59,7 @@ def engine(lab: Lab) -> None:
     with stored(
         lab, model, device_bytes=room, host_bytes=room, max_batch_tokens=64, max_sequences=8, cuda_graphs="off"
     ) as (engine, store):
-        given = prompts(lab, MODEL, 3, 70)
+        given = prompts(MODEL, 3, 70)
         for _ in range(2):
             engine.generate(given, SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.8, n=2))
             leave_only(store, "host")

@@ -1,20 +1,47 @@
-"""What `tierkv bench device` measures: transfers between host and device, and the kernels, each against its limit."""
+"""What `tierkv bench device` measures: transfers, kernels, and an engine with its store, each against its limit."""
 
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from tierkv.errors import ConfigError, TierError
-from tierkv.measure import attention, moves, transfers
+from tierkv.measure import attention, moves, reuse, steps, transfers
 from tierkv.measure.lab import Lab
+from tierkv.measure.serving import LLAMA_1B, LLAMA_8B, TINY, Shape, llama
 from tierkv.tiers.device_cuda import open_cuda
 
-PARTS: Final[dict[str, Callable[[Lab], None]]] = {
-    "transfers between host and device": transfers.run,
-    "attention": attention.run,
-    "pages, blocks and codes": moves.run,
+
+class Part(NamedTuple):
+    """What can be asked for by name. model: of an engine's part, what it does with a model; kernels: of another."""
+
+    about: str
+    kernels: Callable[[Lab], None] | None = None
+    model: Callable[[Lab, Any, Shape], object] | None = None  # Any: a transformers model
+
+
+PARTS: Final[dict[str, Part]] = {
+    "transfers": Part("transfers between host and device", kernels=transfers.run),
+    "attention": Part("attention", kernels=attention.run),
+    "moves": Part("pages, blocks and codes", kernels=moves.run),
+    "decode": Part("decode steps", model=steps.run_decode),
+    "prefix": Part("a prefix from host and disk", model=reuse.run_prefixes),
+    "store": Part("what a store costs an engine", model=steps.run_beside),
+    "identity": Part("what comes back from the tiers", kernels=reuse.run_identity),
 }
+SMALL: Final = LLAMA_1B
+FULL: Final = LLAMA_8B
+
+
+def chosen(names: str | None) -> list[str]:
+    """Parts of a list such as "transfers,decode", in the order in which they are measured; all when None. Raises ConfigError."""
+    if names is None:
+        return list(PARTS)
+    asked = [name.strip() for name in names.split(",")]
+    unknown = [name for name in asked if name not in PARTS]
+    if unknown:
+        raise ConfigError(f"--parts {names}: there is no part {unknown[0]!r}; give some of {','.join(PARTS)}")
+    return [name for name in PARTS if name in asked]
 
 
 def card() -> dict[str, Any]:
@@ -41,10 +68,15 @@ def card() -> dict[str, Any]:
     }
 
 
-def run(lab: Lab, begin: Callable[[str], None]) -> None:
-    """Measure all parts; `begin` is told of each."""
+def run(lab: Lab, names: Sequence[str], shape: Shape, begin: Callable[[str], None]) -> None:
+    """Measure parts of these names; `begin` is told of each. shape: of the model that engines run."""
     begin("copies on the card")
     lab.add("copy on the card, read and written", lab.copy_gbps(), "GB/s")
-    for name, part in PARTS.items():
-        begin(name)
-        part(lab)
+    shape = lab.pick(shape, TINY)
+    for part in (PARTS[name] for name in names):
+        begin(part.about)
+        if part.kernels:
+            part.kernels(lab)
+        if part.model:
+            with lab.attempt(f"{shape.name}, {part.about}"):
+                part.model(lab, llama(lab, shape, torch.bfloat16), shape)

@@ -147,7 +147,7 @@ def both_ways(on: Ground, size: str, count: int) -> None:
     lab, num_bytes = on.lab, count * on.block_bytes
     seconds = lab.pick(0.7, 0.0)
     alone = [rate_of(one_copy(lab, num_bytes, out=out), num_bytes, seconds) for out in (False, True)]
-    with _lanes() as mover:
+    with lanes() as mover:
         jobs = [
             mover.submit(
                 lane,
@@ -168,7 +168,8 @@ def both_ways(on: Ground, size: str, count: int) -> None:
 
 
 @contextmanager
-def _lanes() -> Iterator[Mover]:
+def lanes() -> Iterator[Mover]:
+    """A mover with a thread for each direction."""
     mover = Mover({"load": LaneSpec(1, 1 << 20), "save": LaneSpec(1, 1 << 20)}, metrics=Metrics())
     try:
         yield mover

@@ -21,8 +21,11 @@ Prompts = list[list[int]]
 PIN_TIMEOUT_S: Final = 30.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shape:
+    """Sizes of a Llama. name: what it is the size of."""
+
+    name: str
     hidden: int
     intermediate: int
     layers: int
@@ -36,10 +39,10 @@ class Shape:
         return self.layers * 2 * self.kv_heads * (self.hidden // self.heads) * 2
 
 
-LLAMA_8B: Final = Shape(4096, 14336, 32, 32, 8, 128256)  # Llama 3 8B
-LLAMA_1B: Final = Shape(2048, 8192, 16, 32, 8, 128256)  # Llama 3.2 1B
-SMALL: Final = Shape(1024, 2816, 8, 16, 4, 32000)
-TINY: Final = Shape(32, 48, 2, 4, 2, 96)
+LLAMA_8B: Final = Shape("Llama 3 8B", 4096, 14336, 32, 32, 8, 128256)
+LLAMA_1B: Final = Shape("Llama 3.2 1B", 2048, 8192, 16, 32, 8, 128256)
+SMALL: Final = Shape("small", 1024, 2816, 8, 16, 4, 32000)
+TINY: Final = Shape("tiny", 32, 48, 2, 4, 2, 96)
 
 
 def llama_config(shape: Shape) -> Any:  # Any: transformers is untyped here
@@ -68,11 +71,11 @@ def llama(lab: Lab, shape: Shape, dtype: torch.dtype, *, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     with torch.device(lab.device):
-        model = AutoModelForCausalLM.from_config(llama_config(shape), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(llama_config(shape), dtype=dtype)  # type: ignore[no-untyped-call]  # transformers'
     return model.eval().requires_grad_(False)
 
 
-def prompts(lab: Lab, shape: Shape, count: int, length: int) -> Prompts:
+def prompts(shape: Shape, count: int, length: int) -> Prompts:
     """Random tokens, others at every call: nothing is found by chance."""
     return np.random.default_rng().integers(2, shape.vocabulary, (count, length)).tolist()  # type: ignore[no-any-return]
 
@@ -149,5 +152,6 @@ def seconds_per_step(engine: Engine, steps: int) -> list[float]:
 
 
 def stop(engine: Engine, requests: Sequence[str]) -> None:
+    """Give up requests that still decode."""
     for request in requests:
         engine.abort(request)
