@@ -316,9 +316,18 @@ class Index:
             last, _, last_end = wanted[-1]
             tree.pin(last, last_end, tier)  # or the room might come from the blocks right above
             victims: list[Key] = []
-            count = sum(b - a for _, a, b in wanted)
-            tree.evict(tier, count - room.num_free, victims)
-            granted = _leading(wanted, min(count, room.num_free))
+            granted: list[tuple[Strand, int, int]] = []
+            count = 0
+            for strand, a, b in wanted:
+                short = count + b - a - room.num_free
+                if short > 0:
+                    tree.evict(tier, short, victims, below=room.policy.worth(strand, b - 1))
+                end = min(b, a + room.num_free - count)
+                if end > a:
+                    granted.append((strand, a, end))
+                    count += end - a
+                if end < b:
+                    break
             if granted:
                 strand, _, end = granted[-1]
                 tree.grip(strand, end)
@@ -527,17 +536,6 @@ def _root(strand: Strand) -> Key:
     while strand.parent:
         strand = strand.parent
     return Key(bytes(strand.keys))
-
-
-def _leading(segments: list[tuple[Strand, int, int]], count: int) -> list[tuple[Strand, int, int]]:
-    """The first `count` blocks of some segments."""
-    leading = []
-    for strand, lo, hi in segments:
-        hi = min(hi, lo + count)
-        if lo < hi:
-            leading.append((strand, lo, hi))
-            count -= hi - lo
-    return leading
 
 
 def _same(ok: Sequence[bool], start: int) -> Iterable[tuple[int, int, bool]]:

@@ -275,6 +275,12 @@ class Strand:
                 return tier
         return None
 
+    def fanout(self, block: int) -> int:
+        """How many different blocks are known to follow this one."""
+        found = self.children.get(block + 1) if self.children else None
+        within = block + 1 < self.size
+        return within + (0 if found is None else len(found.by_first) if type(found) is Fork else 1)
+
     def span(self, tier: int) -> tuple[int, int]:
         """Blocks that the tier may forget now (see `tierkv.policies.base.Leaf`)."""
         if tier == HISTORY:

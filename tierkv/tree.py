@@ -11,6 +11,7 @@ Only changes between nothing and something travel to the parent, so pins and cop
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from math import inf
 from itertools import islice
 from typing import Final
 
@@ -428,15 +429,15 @@ class Tree:
         self.trim(strand)
         return places
 
-    def evict(self, tier: int, count: int, victims: list[Key]) -> int:
-        """Forget up to `count` blocks in the order of the tier's policy; returns how many.
+    def evict(self, tier: int, count: int, victims: list[Key], *, below: float = inf) -> int:
+        """Forget up to `count` blocks in the order of the tier's policy, as long as they are worth less than `below`.
 
-        Their places are free. Keys of blocks that are not placed are added to `victims`.
+        Returns how many. Their places are free. Keys of blocks that are not placed are added to `victims`.
         """
         room = self.rooms[tier]
         done = 0
         while done < count:
-            victim = self.victim(tier)
+            victim = self.victim(tier, below=below)
             if victim is None:
                 break
             strand = victim.strand
@@ -460,10 +461,10 @@ class Tree:
         if lo < strand.size:
             fates.note(strand, lo, hi, fates.Fate(tier, self.now_s, why))
 
-    def victim(self, tier: int) -> Victim | None:
+    def victim(self, tier: int, *, below: float = inf) -> Victim | None:
         """What to forget next: what the policy names and no request wants; or else what the last queued request wants."""
         room = self.rooms[tier]
-        while victim := room.policy.pop():
+        while victim := room.policy.pop(below):
             strand = victim.strand
             assert isinstance(strand, Strand)
             if not strand.wants:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from tierkv.hints import NO_HINTS, Ending, Hints
@@ -19,6 +20,9 @@ class Leaf(Protocol):
 
     notes: Any  # what the index's observer keeps of it, in its own terms
     """None until the observer writes it."""
+
+    def fanout(self, block: int) -> int:
+        """How many different blocks are known to follow this one."""
 
     def span(self, tier: int) -> tuple[int, int]:
         """Blocks [lo, hi) of this strand that `tier` may forget now, the tail first; lo == hi: none."""
@@ -50,6 +54,7 @@ class Use:
     num_known: int
     num_held: int
     hints: Hints = NO_HINTS
+    notes: Any = None  # the observer's own, from `arrive` to `end`
 
 
 class Observer(ABC):
@@ -104,6 +109,13 @@ class Policy(ABC):
     def withdraw(self, strand: Leaf) -> None:
         """The strand has gone, or has nothing to forget any more."""
 
+    def worth(self, strand: Leaf, block: int) -> float:
+        """What it is worth to let this block in, on the scale of `pop`; infinite where new blocks always come first."""
+        return inf
+
     @abstractmethod
-    def pop(self) -> Victim | None:
-        """What to forget next; it counts as withdrawn and is offered again if some of it stays. None: nothing."""
+    def pop(self, below: float = inf) -> Victim | None:
+        """What to forget next; it counts as withdrawn and is offered again if some of it stays.
+
+        None: nothing, or nothing that is worth less than `below`; a policy that knows no worth ignores it.
+        """

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from heapq import heapify, heappop, heappush
+from math import inf
 
 from tierkv.policies.base import Leaf, Policy, Victim
 
@@ -49,7 +50,7 @@ class HeapPolicy(Policy):
             self._heap = list(self._live.values())
             heapify(self._heap)
 
-    def pop(self) -> Victim | None:
+    def pop(self, below: float = inf) -> Victim | None:
         """See Policy."""
         while self._heap:
             entry = heappop(self._heap)
