@@ -189,6 +189,17 @@ def test_names_go_on_where_they_ended_and_a_part_of_a_block_has_none() -> None:
     assert list(Namer(block_tokens=4, seed=8).names(tokens)[0]) != list(names)
 
 
+@pytest.mark.parametrize("block_tokens", [1, 2, 16])
+def test_a_prompt_without_a_whole_block_has_no_names(block_tokens: int) -> None:
+    namer = Namer(block_tokens=block_tokens)
+    names, after = namer.names(b"\0" * 4 * (block_tokens - 1), after=(3, 4))
+    assert len(names) == 0 and after == (3, 4)
+    distances = ReuseDistances(max_blocks=10)
+    distances.refer(names)
+    distances.touch(names)
+    assert distances.num_refs == 0
+
+
 def test_names_are_spread_evenly() -> None:
     names, _ = Namer(block_tokens=1).names(array("i", range(1 << 16)).tobytes())
     for shift in (0, 32, 60):

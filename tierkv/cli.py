@@ -14,6 +14,7 @@ import typer
 from tierkv import __version__
 from tierkv.cli_bench import bench
 from tierkv.cli_demo import demo
+from tierkv.cli_explain import explain, stats
 from tierkv.cli_generate import generate
 from tierkv.cli_show import config, inspect, size
 from tierkv.errors import ConfigError, TierKVError
@@ -32,7 +33,7 @@ app = typer.Typer(
     "Begin with [bold]tierkv demo[/bold]. Options come from tierkv.toml, TIERKV_* variables and --set; "
     "[bold]tierkv config[/bold] lists them all.",
 )
-for command in (demo, generate, config, inspect, size):
+for command in (demo, generate, config, inspect, size, explain, stats):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

@@ -58,7 +58,7 @@ def generate(
     """
     settings = read_config(config, overrides).config
     model, question = _model_and_prompt(words or [], settings, has_file=file is not None)
-    prompt = "\n\n".join(filter(None, (_read(file), question)))
+    prompt = "\n\n".join(filter(None, (read_text(file), question)))
     if not prompt.strip():
         raise RequestError("the prompt is empty: give at least one word")
     from tierkv.engine import SamplingParams
@@ -98,7 +98,8 @@ def _model_and_prompt(words: list[str], config: Config, *, has_file: bool) -> tu
     raise ConfigError(f"{len(words)} words given: give MODEL and PROMPT, the prompt in quotes")
 
 
-def _read(file: Path | None) -> str:
+def read_text(file: Path | None) -> str:
+    """Text of a file, of standard input for -, or none. Raises RequestError."""
     if file is None:
         return ""
     try:

@@ -88,7 +88,7 @@ class Stretch:
         if self.policy:
             text += f" by {self.policy}"
         if self.at_s is not None and now_s is not None:
-            text += f", {_ago(now_s - self.at_s)} ago"
+            text += f", {ago(now_s - self.at_s)} ago"
         return text
 
 
@@ -256,7 +256,8 @@ def _shown(value: object) -> str:
     )
 
 
-def _ago(seconds: float) -> str:
+def ago(seconds: float) -> str:
+    """A time span for reading."""
     for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

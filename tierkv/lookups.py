@@ -22,7 +22,7 @@ from tierkv.keys import Key
 from tierkv.layout import TOKEN_BYTES
 from tierkv.metrics import Metrics
 from tierkv.record import Access, Recorder
-from tierkv.reuse_distance import TIMES, Namer, Names, ReuseDistances, what_if
+from tierkv.reuse_distance import Namer, Names, ReuseDistances, as_rows, what_if
 from tierkv.tiers.base import Miss
 
 RECORD_LANE: Final = "record"
@@ -170,19 +170,11 @@ class Lookups:
 
     def stats(self) -> dict[str, Any]:  # Any: as JSON takes it
         """What `tierkv stats` shows."""
-        shares = what_if(self.distances, self._capacities)
         return {
             "at": self._now(),
             "block_tokens": self._block_tokens,
             "refs": self.distances.num_refs,
-            "tiers": [
-                {
-                    "tier": tier,
-                    "blocks": blocks,
-                    "found": {f"{times:g}": round(shares[tier, times], 5) for times in TIMES},
-                }
-                for tier, blocks in self._capacities.items()
-            ],
+            "tiers": as_rows(self.distances, self._capacities),
             "missed": {labels[0][1]: value for _, labels, value in self._metrics.missed_blocks.samples()},
         }
 

@@ -198,6 +198,20 @@ class Recorder:
             log.warning("access log %s may end in an unfinished line: %s", self._path, error)
 
 
+def read_header(path: Path) -> dict[str, Any]:  # Any: as JSON gives it
+    """The first header of a log. Raises ConfigError for what is none."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.readline(_TAIL_BYTES))
+        if header["tierkv_log"] == LOG_VERSION and header["block_bytes"] >= 1:
+            return dict(header)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give an access log (record.path of a store)") from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"{path}: no access log of this version of tierkv; give one (record.path of a store)")
+
+
 def _salt(path: Path) -> bytes:
     """The salt beside a log; made when there is none. Raises OSError, and ConfigError when it is none."""
     beside = path.with_name(path.name + ".salt")

@@ -63,9 +63,8 @@ class Namer:
     def names(self, tokens: bytes, *, after: "tuple[int, int]" = (0, 0)) -> "tuple[Names, tuple[int, int]]":
         """Names of the whole blocks of `tokens` (int32-LE), and what to give as `after` for those that follow them."""
         size = len(tokens) // self._step
-        words = (
-            np.frombuffer(tokens, self._word, size * len(self._factors)).reshape(size, -1).astype(np.uint64, copy=False)
-        )
+        width = len(self._factors)
+        words = np.frombuffer(tokens, self._word, size * width).reshape(size, width).astype(np.uint64, copy=False)
         sums = (words * self._factors).sum(axis=1, dtype=np.uint64)
         start, number = after
         sums += np.arange(number + 1, number + size + 1, dtype=np.uint64) * np.uint64(_STEP)
@@ -130,7 +129,9 @@ class ReuseDistances:
     @property
     def num_refs(self) -> int:
         """References that count, those from long ago by half."""
-        return round(self._refs)
+        with self._lock:
+            self._work()
+            return round(self._refs)
 
     def _wait(self, names: Names, counted: bool) -> None:
         with self._lock:
@@ -279,6 +280,15 @@ def _edges() -> npt.NDArray[np.float64]:
 
 
 _EDGES: Final = _edges()
+
+
+def as_rows(distances: ReuseDistances, capacities: Mapping[str, int]) -> list[dict[str, Any]]:  # Any: as JSON takes it
+    """The same for people and files: a row per tier."""
+    shares = what_if(distances, capacities)
+    return [
+        {"tier": tier, "blocks": blocks, "found": {f"{times:g}": round(shares[tier, times], 5) for times in TIMES}}
+        for tier, blocks in capacities.items()
+    ]
 
 
 class _Sums:

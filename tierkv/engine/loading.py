@@ -69,6 +69,21 @@ def load(name: str | Path, config: EngineConfig) -> tuple[Model, Tokenizer | Non
     return model, tokenizer
 
 
+def load_tokenizer(name: str | Path) -> Tokenizer | None:
+    """The tokenizer of a transformers model alone, without its weights; None for a GGUF file. Raises ModelError."""
+    path = smollm2() if str(name) == SMOLLM2 else Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path) if path.exists() else str(name), local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{name}: no tokenizer ({_first_line(error)}); give a model folder, a .gguf file or {SMOLLM2!r}"
+        ) from error
+
+
 def check_device(config: EngineConfig) -> torch.device:
     """The configured device. Raises ConfigError when this machine has none of it."""
     device = torch.device(config.device)

@@ -274,6 +274,15 @@ def read_rows(folder: Path) -> tuple[list[Row], int]:
     return rows, total - len(rows)
 
 
+def read_keys(folder: Path) -> set[Key]:
+    """The key of every row, unchecked: what is probably held. Reads beside whoever owns the folder. Raises sqlite3.Error."""
+    connection = sqlite3.connect(f"{(folder / NAME).absolute().as_uri()}?mode=ro", uri=True, timeout=2.0)
+    try:
+        return {Key(key) for (key,) in connection.execute("SELECT key FROM blocks") if _named(key)}
+    finally:
+        connection.close()
+
+
 def _named(key: object) -> bool:
     return type(key) is bytes and len(key) == KEY_BYTES
 

@@ -22,14 +22,14 @@ from functools import partial
 from typing import ClassVar, Final
 
 from tierkv.errors import LayoutError
-from tierkv.keys import Key
+from tierkv.keys import Key, Namespace
 from tierkv.layout import Layout
 from tierkv.metrics import Counter, Metrics
 from tierkv.tiers.base import Miss, Run, Tier
 from tierkv.tiers.redis_bulk import Refusal, Wire, command
 from tierkv.tiers.redis_client import parse_url, until
 from tierkv.tiers.redis_nodes import FAILURES, Cluster, Health, Loan, Node, Server, introduce
-from tierkv.tiers.redis_objects import Objects, Outcome, State, layout_name
+from tierkv.tiers.redis_objects import Objects, Outcome, State, layout_name, namespace_name
 
 _EXACT: Final = 512
 """Up to this many keys, `contains` asks for each by itself."""
@@ -79,6 +79,7 @@ class RedisTier(Tier):
         address = parse_url(url)
         self._layout, self._metrics, self._executor = layout, metrics, executor
         self._prefix, self._described = prefix, False
+        self._namespaces: dict[Key, Namespace] = {}
         self._deadline_s, self._connect_s = deadline_s, address.connect_s
         self._idle, self._busy, self._closed = threading.Condition(), 0, False
 
@@ -161,6 +162,11 @@ class RedisTier(Tier):
         self._metrics.save_seconds.observe(time.monotonic() - start, self.name)
         return [outcome is State.DONE for outcome in outcomes]
 
+    def introduce(self, root: Key, namespace: Namespace) -> None:
+        """Leave on the server what a root stands for, with the first blocks: `tierkv explain` tells by it whose they are."""
+        self._namespaces[root] = namespace
+        self._described = False
+
     def _describe(self, deadline: float) -> None:
         """Leave the layout on the server, once: headers name its fingerprint only, people want to read tokens."""
         try:
@@ -168,6 +174,8 @@ class RedisTier(Tier):
                 self._servers.send(
                     "SET", layout_name(self._prefix, self._layout.fingerprint), json.dumps(asdict(self._layout))
                 )
+                for root, namespace in self._namespaces.items():
+                    self._servers.send("SET", namespace_name(self._prefix, root), json.dumps(namespace.fields()))
             self._described = True
         except FAILURES as error:
             log.debug("redis: the layout was not written: %s", error)

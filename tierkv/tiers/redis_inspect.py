@@ -4,7 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -15,7 +15,7 @@ from tierkv.errors import CodecError, ConfigError, TierError
 from tierkv.keys import KEY_BYTES, Key
 from tierkv.tiers.redis_client import parse_url, refusal, until
 from tierkv.tiers.redis_nodes import FAILURES, Cluster, Health, Server, introduce
-from tierkv.tiers.redis_objects import layout_name
+from tierkv.tiers.redis_objects import layout_name, namespace_name
 
 _BATCH: Final = 512
 _BATCH_S: Final = 10.0
@@ -88,6 +88,58 @@ def inspect_blocks(url: str, *, prefix: str = "tierkv") -> Iterator[list[StoredB
         servers.close()
 
 
+class Onlooker:
+    """Asks a server which keys it has, without using them. Raises TierError when it goes away."""
+
+    def __init__(self, name: str, servers: Server | Cluster, prefix: str) -> None:
+        self._name, self._servers, self._prefix = name, servers, prefix
+
+    def contains(self, keys: Sequence[Key]) -> list[bool]:
+        """Which keys are there now."""
+        start = self._prefix.encode() + b":"
+        return [bool(self._send("EXISTS", start + key)) for key in keys]
+
+    def namespaces(self) -> dict[Key, dict[str, Any]]:  # Any: text and numbers, of `Namespace.fields`
+        """What roots stand for, as far as their writers said."""
+        found = {}
+        pattern = namespace_name(_quoted(self._prefix.encode()).decode(), "*")
+        for _, client in self._servers.nodes():
+            try:
+                names = list(cast(Any, client).scan_iter(match=pattern, count=_BATCH))  # Any: typed for async, too
+            except FAILURES as error:
+                raise TierError(f"{self._name} went away while it was asked: {error}") from None
+            for name in names:
+                root = name.rpartition(b":")[2].decode(errors="replace")
+                said = self._send("GET", name)
+                with suppress(ValueError):
+                    fields = json.loads(said if isinstance(said, bytes) else b"")
+                    if isinstance(fields, dict) and len(root) == 2 * KEY_BYTES:
+                        found[Key(bytes.fromhex(root))] = fields
+        return found
+
+    def _send(self, *arguments: bytes | str) -> object:
+        try:
+            with until(time.monotonic() + _BATCH_S):
+                return self._servers.send(*arguments)
+        except FAILURES as error:
+            raise TierError(f"{self._name} went away while it was asked: {error}") from None
+
+
+@contextmanager
+def onlooker(url: str, *, prefix: str = "tierkv") -> Iterator[Onlooker]:
+    """Look at a server for as long as the context lasts. Raises ConfigError or TierError when it cannot be asked."""
+    name, servers = _open(url)
+    try:
+        yield Onlooker(name, servers, prefix)
+    finally:
+        servers.close()
+
+
+def _quoted(text: bytes) -> bytes:
+    """Text as a pattern that matches only itself."""
+    return b"".join(b"\\" + bytes([byte]) if byte in b"*?[]^-\\" else bytes([byte]) for byte in text)
+
+
 def _open(url: str) -> tuple[str, Server | Cluster]:
     address = parse_url(url)
 
@@ -105,7 +157,7 @@ def _blocks(servers: Server | Cluster, prefix: str) -> Iterator[list[StoredBlock
     if not prefix:
         raise ConfigError("--prefix is empty: give the one that the tier writes under, such as tierkv")
     start = prefix.encode() + b":"
-    pattern = b"".join(b"\\" + bytes([byte]) if byte in b"*?[]^-\\" else bytes([byte]) for byte in start) + b"*"
+    pattern = _quoted(start) + b"*"
     for _, client in servers.nodes():
         # One connection that does not count as use: looking must not keep blocks alive.
         with cast(Any, client).client() as single:  # Any: typed for async, too

@@ -290,6 +290,11 @@ def layout_name(prefix: str, fingerprint: bytes) -> bytes:
     return f"{prefix}:layout:{fingerprint.hex()}".encode()
 
 
+def namespace_name(prefix: str, root: bytes | str) -> bytes:
+    """Where writers leave what a root stands for, as JSON, for `tierkv explain`. root: its bytes, or a pattern."""
+    return f"{prefix}:namespace:{root if isinstance(root, str) else root.hex()}".encode()
+
+
 def _repeat(head: bytes, names: Sequence[bytes], end: bytes = b"\r\n") -> bytes:
     """One command per name, or one argument: three times faster than packing each."""
     return head + (end + head).join(names) + end
