@@ -17,6 +17,7 @@ from tierkv.cli_demo import demo
 from tierkv.cli_explain import explain, stats
 from tierkv.cli_generate import generate
 from tierkv.cli_show import config, inspect, size
+from tierkv.cli_simulate import simulate
 from tierkv.errors import ConfigError, TierKVError
 
 FAILED: Final = 1
@@ -33,7 +34,7 @@ app = typer.Typer(
     "Begin with [bold]tierkv demo[/bold]. Options come from tierkv.toml, TIERKV_* variables and --set; "
     "[bold]tierkv config[/bold] lists them all.",
 )
-for command in (demo, generate, config, inspect, size, explain, stats):
+for command in (demo, generate, config, inspect, size, simulate, explain, stats):
     app.command()(command)
 app.add_typer(bench, name="bench")
 
