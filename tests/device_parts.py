@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from tierkv.layout import Layout
+from tierkv.store import Store
 from tierkv.testing import FakeClock
 from tierkv.testing.cuda import FakeCuda
 from tierkv.tiers.device import CudaPagePool
@@ -47,6 +48,11 @@ def cuda_pool(
     )
     cuda.allocate(pool.pool.data_ptr(), pool.pool.nbytes)
     return pool
+
+
+def put_under(store: Store, pool: CudaPagePool) -> None:
+    """Give a store another device before its first request; all its parts share one `Places`."""
+    object.__setattr__(store.places, "device", pool)
 
 
 def bytes_of(pool: CudaPagePool) -> Any:

@@ -6,7 +6,7 @@ whole store's machine, its pages on the fake device. Faults planted in the pool 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.device_parts import SMALL, Slab, bytes_of, content, cuda_pool
+from tests.device_parts import SMALL, Slab, bytes_of, content, cuda_pool, put_under
 from tests.store_parts import TINY
 from tests.test_store_machine import StoreMachine
 from tierkv.errors import TierError
@@ -310,7 +310,7 @@ class CudaStoreMachine(StoreMachine):
         self.cuda = FakeCuda(Random(self.seed).randrange)
         pool = cuda_pool(self.cuda, layout=TINY, num_pages=self.store.places.device.num_places)
         pool.batches, pool.lead = self.batches, self.seed % 3
-        self.store.places = replace(self.store.places, device=pool)
+        put_under(self.store, pool)
         for _ in self.store.places.host.pin(self.cuda.host_register, self.cuda.host_unregister):
             pass
         self.parts.page = lambda number: Page(self.cuda, pool, number)  # type: ignore[method-assign,assignment,return-value]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.device_parts import cuda_pool
+from tests.device_parts import cuda_pool, put_under
 from tests.engine_models import random_prompts, reference, tiny_model
 from tierkv.assembly import open_store
 from tierkv.config import Config, HostConfig, TransferConfig
@@ -81,7 +81,7 @@ def tenant(cuda: FakeCuda, *, groups: int = 1) -> Tenant:
             host=HostConfig(capacity=200 * layout.block_bytes), transfer=TransferConfig(layer_groups=groups)
         )
         store = open_store(config, layout=layout, model=identity, device=device, pool_bytes=PAGES * layout.block_bytes)
-        store.places = replace(store.places, device=cuda_pool(cuda, layout=layout, num_pages=PAGES))
+        put_under(store, cuda_pool(cuda, layout=layout, num_pages=PAGES))
         for _ in store.places.host.pin(cuda.host_register, cuda.host_unregister):
             pass
         stores.append(store)
