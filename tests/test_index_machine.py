@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from math import inf
 from typing import Any
 
 import pytest
@@ -995,7 +996,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "a wanted block goes like others": (
         tree.Tree,
         "victim",
-        lambda old: lambda self, tier: self.rooms[tier].policy.pop(),
+        lambda old: lambda self, tier, *, below=inf: self.rooms[tier].policy.pop(below),
     ),
     "the first queued goes first": (wants.Parked, "pop", _first_queued_goes_first),
     "a tail stays parked": (tree.Tree, "_reclaim", lambda old: lambda *_: None),

@@ -174,7 +174,7 @@ def test_many_evictions_ask_a_policy_for_a_wanted_tail_once(monkeypatch: pytest.
         save(index, number)
     policy = index._tree.rooms[HOST].policy
     pops, pop = [], policy.pop
-    monkeypatch.setattr(policy, "pop", lambda: (pops.append(1), pop())[1])
+    monkeypatch.setattr(policy, "pop", lambda *below: (pops.append(1), pop(*below))[1])
     for _ in range(100):
         assert index.evict(HOST, 1).evicted == 1
     assert len(pops) == 200
