@@ -13,7 +13,8 @@ import pytest
 
 from tests.test_cli import Shell
 from tests.test_disk import capacity
-from tierkv.explain import Reason, Stock, differences, from_stocks
+from tierkv.explain import Reason, Stock, differences, from_index, from_stocks
+from tierkv.fates import Fate, Known
 from tierkv.hints import NO_ENDING, NO_HINTS
 from tierkv.keys import Key, Namespace, chain
 from tierkv.lookups import NOTE, Lookups, Sources
@@ -255,6 +256,31 @@ def test_the_nearest_of_several_namespaces_is_named() -> None:
     (stretch,) = from_stocks(tokens, root=OURS.root(), fields=OURS.fields(), stocks=[stock])
     assert stretch.reason is Reason.KEY_DIFFERS and stretch.differs == differences(OURS.fields(), THEIRS.fields())
     assert stretch.differs == (("tenant", "", "acme"),)
+
+
+def test_what_left_several_tiers_is_told_of_the_last() -> None:
+    tokens = prompt(2)
+    stocks = [
+        Stock("disk", departed=lambda key: (5.0, "corrupt")),
+        Stock("object", departed=lambda key: (9.0, "evicted"), policy="lru"),
+        Stock("redis", departed=lambda key: (7.0, "evicted")),
+    ]
+    (stretch,) = from_stocks(tokens, root=OURS.root(), fields=OURS.fields(), stocks=stocks)
+    assert (stretch.tier, stretch.at_s, stretch.policy, stretch.reason) == ("object", 9.0, "lru", Reason.EVICTED)
+
+
+def test_an_index_is_told_in_words_of_its_own() -> None:
+    known = [
+        Known(0, 2, (0, 1)), Known(2, 3, (1,)), Known(3, 4, (), (Fate(1, 3.0, "arc"), Fate(0, 1.0, "lru"))), Known(4, 5, (1,)),
+        Known(5, 6, (), (Fate(1, 4.0, "arc"),)), Known(6, 7, (), (Fate(1, 8.0, "arc"),)),
+    ]  # fmt: skip
+    assert [(one.lo, one.hi, one.reason, one.policy, one.at_s) for one in from_index(known, ("device", "host"))] == [
+        (0, 2, None, None, None),
+        (2, 3, None, None, None),
+        (3, 4, Reason.EVICTED, "arc", 3.0),
+        (4, 5, Reason.UNREACHABLE, None, None),
+        (5, 7, Reason.EVICTED, "arc", 8.0),
+    ]
 
 
 @pytest.mark.model

@@ -174,11 +174,14 @@ def test_requests_are_recorded_when_they_end_and_their_answers_are_used(tmp_path
     assert (one["t"], one["in"], other["t"], other["in"], other["out"]) == (5.0, 8, 0.0, 6, 6)
     distances = notes.lookups.distances
     before = distances.hit_shares([6, 7])
-    # The answer's three blocks and its prompt's are the last used; the second prompt's fourth block is behind them.
+    # Its prompt's three blocks are the last used, then the answer's three; the second prompt's fourth block is behind them.
+    notes.begin(3, 3)
+    notes.work()
+    assert [share * distances.num_refs for share in distances.hit_shares([2, 3])] == pytest.approx([4.0, 6.0])
     again = array("i", [*range(6), *range(100, 106)]).tobytes()
     notes.lookups.begin(again, num_loadable=6, hints=NO_HINTS)
     notes.work()
-    assert [share * distances.num_refs for share in distances.hit_shares([6, 7])] == pytest.approx([9.0, 9.0])
+    assert [share * distances.num_refs for share in distances.hit_shares([5, 6])] == pytest.approx([11.0, 12.0])
     assert [share * 7 for share in before] == pytest.approx([3.0, 3.0])
 
 
