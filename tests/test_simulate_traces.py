@@ -319,6 +319,10 @@ WRONG: dict[str, tuple[list[Row | str], str]] = {
         [{"tierkv_log": 1, "block_tokens": 16}, {"t": 0, "b": "", "in": 1, "next": "x"}],
         ":2: next is 'x'; one of unknown, ended, tool, turn",
     ),
+    "log line": (
+        [{"tierkv_log": 1, "block_tokens": 16}, '{"t": 1, "b": "'],
+        r":2: not JSON \(.*one JSON object per line",
+    ),
     "log of nothing": ([{"tierkv_log": 1, "block_tokens": 16}], "none of 0 requests has a full block"),
 }
 
