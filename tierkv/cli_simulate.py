@@ -165,6 +165,7 @@ def _study(
     from tierkv.simulate.replay import known
     from tierkv.simulate.study import Study, parse_policies
 
+    known(hints)
     if model and block_bytes:
         raise ConfigError("--model and --block-bytes both say how large a block is: give one of them")
     if tiers is None and (load_factor != "1" or prefill_rate is not None or token_time is not None):
@@ -180,7 +181,7 @@ def _study(
         engine=_engine(loaded, prefill_rate=prefill_rate, token_time=token_time),
         load_factors=_factors(load_factor),
         seed=seed,
-        hints=known(hints),
+        hints=hints,
     )
 
 

@@ -14,7 +14,7 @@ from tierkv.simulate.capacity import Capacity
 from tierkv.simulate.cells import BELADY, UNBOUNDED, Cell
 from tierkv.simulate.hierarchy import EnginePlan, TierPlan, TimedRun
 from tierkv.simulate.oracle import Oracle
-from tierkv.simulate.replay import NOTHING, Known, replay
+from tierkv.simulate.replay import known, replay
 from tierkv.simulate.report import BOUNDS, Report
 from tierkv.simulate.request import Trace
 from tierkv.simulate.timed import run_timed
@@ -30,7 +30,8 @@ class Study:
     """The same for every trace. policies: by name, bounds among them.
 
     token_bytes: KV of one token; block_bytes: of one block, if that is known instead.  capacities: of one tier; may be none.
-    plans: a hierarchy to run in time, under each of the load factors; None: none.  hints: what is told of the requests.
+    plans: a hierarchy to run in time, under each of the load factors; None: none.  hints: what is told of the requests,
+    as `known` reads it.
     """
 
     policies: tuple[str, ...]
@@ -41,7 +42,7 @@ class Study:
     engine: EnginePlan = EnginePlan()
     load_factors: tuple[float, ...] = (1.0,)
     seed: int = 0
-    hints: Known = NOTHING
+    hints: str = "none"
 
     def tasks(self, trace: Trace) -> tuple[Report, list[Task]]:
         """An empty report on a trace, and what fills it. Raises ConfigError for a capacity that holds no block."""
@@ -65,6 +66,7 @@ class Study:
             block_refs=refs,
             unique_blocks=unique,
             default=default_policy(),
+            hints=self.hints,
         )
         return report, tasks
 
@@ -75,9 +77,8 @@ class Study:
             elif policy == BELADY:
                 yield from (partial(oracle.belady, blocks) for blocks in sizes)
             else:
-                once = partial(
-                    replay, trace, policy=policy, unique_blocks=oracle.num_unique, cost=cost, hints=self.hints
-                )
+                unique, hints = oracle.num_unique, known(self.hints)
+                once = partial(replay, trace, policy=policy, unique_blocks=unique, cost=cost, hints=hints)
                 yield from (partial(once, capacity_blocks=blocks) for blocks in sizes)
 
     def _runs(self, trace: Trace, unique: int, block_bytes: int) -> Iterator[Task]:
@@ -95,7 +96,7 @@ class Study:
                     engine=self.engine,
                     load_factor=load_factor,
                     seed=self.seed,
-                    hints=self.hints,
+                    hints=known(self.hints),
                 )
 
 
