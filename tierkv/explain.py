@@ -5,7 +5,7 @@ compared under every namespace that ever wrote there, so that a prompt somebody 
 one that nobody ever sent.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import groupby
@@ -115,25 +115,21 @@ def from_index(known: Sequence[Known], tier_names: Sequence[str]) -> list[Stretc
     found = []
     broken = False
     for part in known:
-        stretch = Stretch(part.lo, part.hi, tuple(tier_names[tier] for tier in part.tiers))
+        lo, hi = part.lo, part.hi
         if part.tiers:
-            found.append(replace(stretch, reason=Reason.UNREACHABLE if broken else None))
+            tiers = tuple(tier_names[tier] for tier in part.tiers)
+            found.append(Stretch(lo, hi, tiers, Reason.UNREACHABLE if broken else None))
             continue
         broken = True
         if not part.known:
-            found.append(replace(stretch, reason=Reason.NEVER_SEEN))
+            found.append(Stretch(lo, hi, (), Reason.NEVER_SEEN))
         elif not part.fates:
-            found.append(replace(stretch, reason=Reason.NOT_KEPT))
+            found.append(Stretch(lo, hi, (), Reason.NOT_KEPT))
         else:
             fate = part.fates[0]
-            found.append(replace(stretch, tier=tier_names[fate.tier], at_s=fate.at_s, **_cause(fate.why)))
+            reason, policy = (Reason(fate.why), None) if fate.why in _REASONS else (Reason.EVICTED, fate.why)
+            found.append(Stretch(lo, hi, (), reason, tier_names[fate.tier], fate.at_s, policy))
     return _joined(found)
-
-
-def _cause(why: str) -> dict[str, Any]:  # Any: fields of a Stretch
-    if why in _REASONS:
-        return {"reason": Reason(why)}
-    return {"reason": Reason.EVICTED, "policy": why}
 
 
 _REASONS: Final = frozenset(reason.value for reason in Reason)
@@ -237,13 +233,14 @@ def partial_tail(tokens: bytes, *, block_tokens: int) -> int:
 def _joined(stretches: Sequence[Stretch]) -> list[Stretch]:
     """Adjacent stretches of which the same is to be said, as one; those that left are told by the time of the last."""
 
-    def runs() -> Iterator[Stretch]:
-        for _, group in groupby(stretches, key=lambda one: replace(one, lo=0, hi=0, at_s=None)):
-            run = list(group)
-            times = [one.at_s for one in run if one.at_s is not None]
-            yield replace(run[0], hi=run[-1].hi, at_s=max(times, default=None))
-
-    return list(runs())
+    joined = []
+    for _, group in groupby(stretches, key=lambda one: (one.tiers, one.reason, one.tier, one.policy, one.differs)):
+        first, *others = group
+        if others:
+            times = [one.at_s for one in (first, *others) if one.at_s is not None]
+            first = replace(first, hi=others[-1].hi, at_s=max(times, default=None))
+        joined.append(first)
+    return joined
 
 
 def _shown(value: object) -> str:

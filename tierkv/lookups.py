@@ -114,7 +114,7 @@ class Lookups:
     def _explain(self, tokens: bytes, lo: int, hi: int) -> list[Stretch]:
         sources = self._sources
         known = from_index(sources.explain(self._root, tokens), sources.tier_names)
-        found = [stretch.part(max(lo, stretch.lo), stretch.hi) for stretch in known if stretch.hi > lo]
+        found = [one if one.lo >= lo else one.part(lo, one.hi) for one in known if one.hi > lo]
         if found and found[-1].reason is Reason.NEVER_SEEN:
             found[-1:] = self._elsewhere(tokens, found[-1])
         # What can be had is not the index's alone to say: it may have gone since.
