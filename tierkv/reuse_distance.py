@@ -183,7 +183,7 @@ class ReuseDistances:
         for group, blocks in groupby(map(self._group.get, fresh)):
             if group is None:
                 break
-            count = sum(1 for _ in blocks)
+            count = len(list(blocks))
             # A path takes the leading part of what a group has left: whatever is before that was used with it, or later.
             stretches.append((total - above.upto(group), count))
             above.add(group, -count)
