@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -144,6 +145,15 @@ def test_folder_of_sessions_is_one_trace_whatever_their_layout(tmp_path: Path, w
     assert opened.name == "agents" and [each.num_blocks for each in opened] == [2, 2, 1, 3]
 
 
+def test_files_of_a_folder_come_by_name_and_are_named_in_errors(tmp_path: Path, write: Callable[..., Path]) -> None:
+    for at in random.Random(1).sample(range(20), 20):
+        write(mooncake(2 * at, [1]), mooncake(2 * at + 1, list(range(at + 1))), name=f"days/{at:02}.jsonl")
+    assert [each.num_blocks for each in open_trace(tmp_path / "days")][1::2] == list(range(1, 21))
+    write(mooncake(99, [1]), mooncake(99, [1]), "{", name="days/20.jsonl")
+    with pytest.raises(TraceError, match=r"20\.jsonl:3: not JSON"):
+        open_trace(tmp_path / "days")
+
+
 def test_tokens_are_cut_into_blocks_and_named_by_their_keys(write: Callable[..., Path]) -> None:
     path = write({"tokens": list(range(40))}, {"prompt": [0, 1, 2, 3], "session": "a", "output_length": 3})
     first, second = open_trace(path)
@@ -237,7 +247,7 @@ def test_name_of_a_trace_is_its_files_without_endings(tmp_path: Path) -> None:
     assert open_trace(tmp_path / "v1.5.trace.jsonl.gz").name == "v1.5.trace"
 
 
-@pytest.mark.parametrize("fault", ["cut off", "damaged"])
+@pytest.mark.parametrize("fault", ["cut off", "zeros", "ones"])
 @pytest.mark.parametrize("ending", ["gz", "zst"])
 def test_damaged_archive_is_one_line(tmp_path: Path, ending: str, fault: str) -> None:
     rng = np.random.default_rng(1)
@@ -246,7 +256,8 @@ def test_damaged_archive_is_one_line(tmp_path: Path, ending: str, fault: str) ->
     if fault == "cut off":
         del data[len(data) // 2 :]
     else:
-        data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
+        at, fill = (10, b"\xff") if fault == "ones" else (len(data) // 2, b"\0")
+        data[at : at + 64] = fill * 64
     path = tmp_path / "trace.gz"
     path.write_bytes(data)
     with pytest.raises(TraceError, match=r"trace\.gz:\d+: [^\n]*$"):
@@ -456,11 +467,11 @@ def test_process_that_is_stopped_leaves_no_file(tmp_path: Path, how: signal.Sign
 
 
 def test_memory_does_not_grow_with_the_trace(tmp_path: Path) -> None:
-    """20 MB of JSON, twice: neither parsing nor reading may take more than a few MB, or more for the second half."""
+    """5 MB of JSON, then 10: neither parsing nor reading may take more than a few MB, or more for the second half."""
     rng = np.random.default_rng(1)
     rows = [json.dumps(mooncake(0, rng.integers(0, 2**31, 1000).tolist())) + "\n" for _ in range(100)]
     peaks = []
-    for times in (10, 20):
+    for times in (5, 10):
         (path := tmp_path / "trace.jsonl").write_text("".join(rows * times))
         tracemalloc.start()
         assert sum(each.num_blocks for each in open_trace(path)) == times * 100 * 1000
