@@ -304,7 +304,10 @@ WRONG: dict[str, tuple[list[Row | str], str]] = {
     "no ids for much": ([GOOD, mooncake(11, [], input_length=2048)], ":2: 0 block ids for 2048 tokens, in a trace"),
     "empty": ([], ":1: no requests; one JSON object per line"),
     "blank": (["", "  "], ":[123]: no requests"),
-    "of no format": ([{"a": 1, "b": 2}], ":1: a row with a, b, of no format known; name the format: mooncake, bailian"),
+    "of no format": (
+        [{"a": 1, "b": 2}],
+        ":1: a row with a, b, of no format known; say which by --format: mooncake, bailian",
+    ),
     "short prompts": ([mooncake(1, [3], input_length=100)], "none of 1 requests has a full block of 512 tokens"),
     "chat is text": ([bailian(0, [1]) | {"chat_id": "x"}], ':1: chat_id is "x"; a whole number'),
     "session sizes": (
@@ -316,7 +319,7 @@ WRONG: dict[str, tuple[list[Row | str], str]] = {
     "session time": ([session(asked(-2, [1]))], ":1: t is -2, which is negative"),
     "tokens": ([{"tokens": [1] * 16}, {"tokens": [2**40]}], ":2: tokens: list of tokens"),
     "tokens are text": ([{"tokens": "a b"}], ":1: tokens is not a list; a list of token ids"),
-    "text": ([{"prompt": "a b"}], ":1: prompt is text; name a model whose tokenizer"),
+    "text": ([{"prompt": "a b"}], ":1: prompt is text; say whose tokenizer reads it by --tokenizer"),
     "prompt is a number": ([{"prompt": 4}], ":1: prompt is not a text"),
     "no prompt": ([{"tokens": [1]}, {"session": 3}], r":2: no prompt \(there is session\)"),
     "log version": ([{"tierkv_log": 7, "block_tokens": 16}], ":1: an access log of version 7; version 1 is expected"),

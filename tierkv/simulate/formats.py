@@ -198,5 +198,5 @@ def check_size(rows: Rows, count: int, inputs: int, block_tokens: int) -> None:
         each = f", about {round(inputs / count)} each" if count else ""
         rows.fail(
             f"{count} block ids for {inputs} tokens{each}, in a trace of {block_tokens}-token blocks",
-            "one size for all requests is expected; name it as block_tokens if it is not the format's usual one",
+            "one size for all requests is expected; say which by --block-tokens if it is not the format's usual one",
         )

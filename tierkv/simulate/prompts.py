@@ -56,7 +56,7 @@ def _tokens(rows: Rows, row: Row, tokenize: Tokenize | None) -> bytes:
         if not (_are_messages(given) if field == "messages" else type(given) is str):
             rows.fail(f"{field} is not {expected.split(',')[0]}", f"{expected} is expected")
         if tokenize is None:
-            rows.fail(f"{field} is text", "name a model whose tokenizer reads it: a folder or a name, as tokenizer")
+            rows.fail(f"{field} is text", "say whose tokenizer reads it by --tokenizer: a model's folder or name")
         try:
             given = tokenize(given)
         except ValueError as error:

@@ -50,17 +50,13 @@ def open_trace(
         reader = READERS[format or _detect(rows)]
         source = reader(rows, Options(block_tokens, tokenizer))
         spool = Spool(name=_name(path), block_tokens=source.block_tokens)
-        try:
-            _fill(spool, source.requests, arrange=not source.in_order, progress=progress)
-            totals = spool.totals
-            if not totals.num_requests:
-                raise TraceError(
-                    f"{lines.name}: none of {totals.num_short} requests has a full block of {source.block_tokens} tokens; "
-                    f"a trace of longer prompts is expected, or smaller blocks"
-                )
-        except BaseException:
-            spool.close()
-            raise
+        _fill(spool, source.requests, arrange=not source.in_order, progress=progress)
+        totals = spool.totals
+        if not totals.num_requests:
+            raise TraceError(
+                f"{lines.name}: none of {totals.num_short} requests has a full block of {source.block_tokens} tokens; "
+                f"a trace of longer prompts is expected, or smaller blocks"
+            )
     return spool
 
 
@@ -99,7 +95,9 @@ def _detect(rows: Rows) -> str:
         return "sessions"
     if any(field in row for field in (*TOKENS, *TEXTS)):
         return "prompts"
-    rows.fail(f"a row with {', '.join(row) or 'nothing'}, of no format known", f"name the format: {', '.join(READERS)}")
+    rows.fail(
+        f"a row with {', '.join(row) or 'nothing'}, of no format known", f"say which by --format: {', '.join(READERS)}"
+    )
 
 
 def _name(path: Path | str) -> str:
