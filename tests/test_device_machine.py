@@ -273,17 +273,17 @@ class Page:
     """A device page as the engine sees it: what it does to it are kernels on torch's stream, and run when the device says so."""
 
     def __init__(self, cuda: FakeCuda, pool: CudaPagePool, number: int) -> None:
-        self.cuda, self.pool, self.number = cuda, pool, number
+        self.cuda, self.bytes, self.number = cuda, bytes_of(pool), number  # the engine's, also when the pool is closed
 
     def __setitem__(self, key: slice, block: Any) -> None:
         def kernel() -> None:
-            bytes_of(self.pool)[self.number] = block
+            self.bytes[self.number] = block
 
         self.cuda.compute(kernel)
 
     def __eq__(self, block: object) -> Any:
         def kernel() -> None:
-            assert (bytes_of(self.pool)[self.number] == block).all(), f"page {self.number} lies"
+            assert (self.bytes[self.number] == block).all(), f"page {self.number} lies"
 
         self.cuda.compute(kernel)
         return Said()

@@ -9,6 +9,7 @@ import logging
 import resource
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,6 +132,22 @@ def test_engines_in_turn_serve_each_their_own(cuda: FakeCuda, groups: int) -> No
             assert [tokens[f"{number}-{i}"] for i in range(len(prompts))] == truth(prompts)
         for who in (one, other):
             assert who.engine.stats.sources["host"] >= 40, "nothing has moved"
+
+
+def test_the_pages_of_a_closed_engine_go_without_the_collector_of_cycles(cuda: FakeCuda) -> None:
+    """Or the next engine finds the card full."""
+    who = tenant(cuda)
+    who.serve(MINE)
+    pages = weakref.ref(who.store.places.device.pool)
+    gc.disable()
+    try:
+        who.close()
+        store = who.store  # somebody looks at its metrics still
+        del who
+        assert pages() is None
+        assert store.metrics.blocks_spilled.value("device", "host") > 0
+    finally:
+        gc.enable()
 
 
 def step_that_raises(who: Tenant, cuda: FakeCuda) -> None:

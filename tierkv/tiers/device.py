@@ -107,8 +107,12 @@ class PagePool(Slab):
             np.copyto(self._rows[page], self._rows[source])
 
     def close(self) -> None:
-        """Let go of the pool; the engine's own reference keeps it alive while it needs it."""
+        """Let go of the pages; an engine's own reference keeps them alive while it needs them.
+
+        A closed store may be garbage that waits for the collector of cycles, which most of a GPU must not wait for with it.
+        """
         self._rows = np.empty((0, self.block_bytes), np.uint8)
+        self.pool = self.pool.new_empty((0, *self.layout.shape))
 
 
 class CudaPagePool(PagePool):
