@@ -267,7 +267,7 @@ def test_damaged_archive_is_one_line(tmp_path: Path, ending: str, fault: str) ->
 def test_zstandard_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "trace.zst").write_bytes(PACKED["zst"](b"{}"))
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(TraceError, match=r"trace\.zst: .*pip install 'tierkv.simulate.', or decompress"):
+    with pytest.raises(TraceError, match=r"trace\.zst: .*pip install 'tierkv.simulate.' to read it, or decompress"):
         open_trace(tmp_path / "trace.zst")
 
 
@@ -278,6 +278,9 @@ WRONG: dict[str, tuple[list[Row | str], str]] = {
     "bad JSON": ([GOOD, '{"timestamp": 1, '], r":2: not JSON \(.*\): \{\"timestamp\".*one JSON object per line"),
     "no object": ([GOOD, "[1, 2]"], r":2: not a JSON object: \[1, 2\]; one JSON object per line"),
     "deep": ([GOOD, "[" * 100000], r":2: not JSON \(.*recursion"),
+    "binary": ([GOOD, "\x1b[31m\x00\x89PNG\r"], r":2: not JSON \(.*\): \?\[31m\?.PNG; one JSON object"),
+    "field of two lines": ([{"a\nb": 1}], r":1: a row with a\?b, of no format known"),
+    "time without end": ([mooncake(10**400, [1])], ":1: timestamp is 10000.*0{50}"),
     "no time": (
         [GOOD, {"input_length": 5, "hash_ids": [1]}],
         r":2: no timestamp \(there is input_length, hash_ids\); a number",
@@ -407,8 +410,8 @@ def test_ids_of_a_trace_keep_their_names_across_versions() -> None:
 
 
 def test_numbers_of_any_size_and_texts_are_ids() -> None:
-    given: Iterable[object] = [0, 2**31, 2**62, 2**64 - 5, 2**64, 2**70, -3, "0", "a", "2147483648"]
-    assert len(set(numbers(list(given)).tolist())) == 10
+    given: Iterable[object] = [0, 2**31, 2**62, 2**64 - 5, 2**64, 2**70, -3, "0", "a", "2147483648", "\ud800"]
+    assert len(set(numbers(list(given)).tolist())) == 11
     assert numbers([2**31, "a"]).tolist()[0] == 2**31 == numbers([2**31]).tolist()[0]
 
 

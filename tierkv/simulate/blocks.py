@@ -57,4 +57,4 @@ def _number(given: object, at: int) -> int:
 
 def hashed(text: str) -> int:
     """A 64-bit number for a text."""
-    return xxhash.xxh3_64_intdigest(text.encode())
+    return xxhash.xxh3_64_intdigest(text.encode(errors="surrogatepass"))  # JSON may hold halves of characters

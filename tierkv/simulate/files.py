@@ -71,7 +71,8 @@ class Lines:
 
     def fail(self, what: str, expected: str) -> NoReturn:
         """Refuse the trace because of the line given last."""
-        raise TraceError(f"{self.name}:{max(self.number, 1)}: {what}; {expected}")
+        message = f"{self.name}:{max(self.number, 1)}: {what}; {expected}"
+        raise TraceError("".join(each if each.isprintable() else "?" for each in message))
 
     def _next(self) -> bytes:
         """One more line of this file; none: empty."""
@@ -138,7 +139,7 @@ def _zstd(file: BufferedReader, name: str) -> IO[bytes]:
         module = import_module("zstandard")
     except ImportError:
         raise TraceError(
-            f"{name}: is compressed with zstandard, which this Python cannot read; pip install 'tierkv[simulate]', or decompress it first"
+            f"{name}: is compressed with zstandard; pip install 'tierkv[simulate]' to read it, or decompress it"
         ) from None
     return BufferedReader(module.ZstdDecompressor().stream_reader(file, read_across_frames=True))
 

@@ -1,7 +1,6 @@
 """Rows of a trace, one JSON object per line, with fields that are what they must be or end in one clear line."""
 
 import json
-import math
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -11,6 +10,8 @@ from tierkv.simulate.files import Lines
 Row = dict[str, Any]  # as JSON gives it
 
 COUNTS: Final = 2**31
+LATEST: Final = 1e18
+"""No time is later, in whatever unit."""
 EXPECTED: Final = "one JSON object per line is expected"
 
 
@@ -72,7 +73,7 @@ class Rows:
     def seconds(self, row: Row, field: str) -> float:
         """A time, not negative."""
         given = self.field(row, field, "a number")
-        if type(given) not in (int, float) or not math.isfinite(given):
+        if type(given) not in (int, float) or not -LATEST <= given <= LATEST:  # nor NaN
             self.fail(f"{field} is {_short(given)}", "a number is expected")
         if given < 0:
             self.fail(f"{field} is {given}, which is negative", "shift all times so that the trace begins at 0")
@@ -127,7 +128,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def _short(given: object) -> str:
-    return _cut(given.decode(errors="replace") if isinstance(given, bytes) else json.dumps(given))
+    return _cut(given[:240].decode(errors="replace") if isinstance(given, bytes) else json.dumps(given))
 
 
 def _cut(text: str) -> str:
