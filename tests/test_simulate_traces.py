@@ -406,7 +406,7 @@ def test_chaining_ids_that_are_chained_changes_nothing_but_names() -> None:
 
 
 def test_ids_of_a_trace_keep_their_names_across_versions() -> None:
-    assert ids([1, 2, 3]).hex() == "5872bc6de114529cc017f49e686c4083efe9b3ad9bf17d43"
+    assert ids([1, 2, 3]).hex() == "d981067429ab97039aa9b6ade8e85d7c16f5373221d0dc8c"
 
 
 def test_numbers_of_any_size_and_texts_are_ids() -> None:
