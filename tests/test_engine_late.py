@@ -15,7 +15,7 @@ from tierkv.engine.packing import Inputs, Packer
 from tierkv.engine.runner import Runner
 from tierkv.engine.scheduler import Work
 from tierkv.engine.sequence import Sequence as Tokens
-from tierkv.engine.staging import Staging
+from tierkv.engine.staging import CudaLink, Staging
 from tierkv.kernels.batch import PagedBatch, Span
 from tierkv.testing.cuda import FakeCuda
 from tierkv.testing.late import LateGraph, LateLink
@@ -61,6 +61,24 @@ def test_the_host_lays_three_steps_ahead_and_waits_for_the_first_of_them_alone()
     assert link.waits == 0 and done == []
     staging.lay(FIELDS)
     assert link.waits == 1 and done == [], "the copy is waited for, not the step"
+
+
+def test_pinned_memory_that_is_refused_is_pageable_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    empty = torch.empty
+
+    def refuse(*size: int, pin_memory: bool = False, **how: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nand more")
+        return empty(*size, **how)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    memory = CudaLink(torch.device("cuda")).on_host(64)
+    assert (memory.shape, memory.dtype, memory.device.type) == ((64,), torch.uint8, "cpu")
+    assert [record.getMessage() for record in caplog.records] == [
+        "no pinned memory for the inputs of steps (CUDA error: out of memory): each step waits for its copy"
+    ]
 
 
 class Digest:

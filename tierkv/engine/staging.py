@@ -1,5 +1,6 @@
 """Arrays of a step in one piece of memory: written on the host, and on the device by one copy that nobody waits for."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from itertools import cycle
@@ -16,6 +17,7 @@ _ALIGNED: Final = 16  # bytes; Triton compiles a kernel again for a pointer that
 _LEAST: Final = 1 << 16
 _RING: Final = 3  # steps whose arrays the host may have written before the device has read the first of them
 _MOST_VIEWS: Final = 32
+log = logging.getLogger("tierkv")
 
 
 class Laid(NamedTuple):
@@ -58,8 +60,13 @@ class CudaLink:
         self._device = device
 
     def on_host(self, num_bytes: int) -> torch.Tensor:
-        """Pinned."""
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        """Pinned; where that is refused pageable, which CUDA copies out of before it returns."""
+        try:
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            log.warning("no pinned memory for the inputs of steps (%s): each step waits for its copy", reason)
+            return torch.empty(num_bytes, dtype=torch.uint8)
 
     def on_device(self, num_bytes: int) -> torch.Tensor:
         """Of torch's allocator."""
