@@ -317,7 +317,7 @@ def test_stats_tell_what_larger_tiers_would_add(shell: Shell, tier: DiskTier) ->
     assert host["found"]["1"] == pytest.approx(0.45) and host["found"]["2"] == disk["found"]["1"] == pytest.approx(0.9)
     text = shell.ok("stats", *KV)
     assert "+45.0 points" in text and "same" in text and "-22.5 points" in text
-    assert "of 120 blocks of prompts, 0 s ago" in text
+    assert "of 120 blocks of prompts from the store's start to 0 s ago" in text
     assert "partial tail" in text
 
 

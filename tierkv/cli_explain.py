@@ -185,9 +185,9 @@ def stats(
 ) -> None:
     """Tell what tiers of other sizes would hold: points of all prompt blocks found in a tier or a faster one.
 
-    A store leaves its figures in its disk folder once a minute, and when it is closed; with --log, or without a disk tier, they
-    are computed from an access log (record.path) for the configured tiers. They hold for forgetting the least recently used
-    first; `tierkv simulate` compares policies.
+    A store leaves its figures in its disk folder once a minute, and when it is closed. With --log, or without a disk tier, they
+    are computed from an access log (record.path), for the configured tiers. They hold for forgetting the least recently used
+    first, from an empty store on; `tierkv simulate` compares policies.
     """
     settings = read_config(config, overrides).config
     if log is None and settings.disk.path is not None:
@@ -250,7 +250,7 @@ def _print_stats(report: Mapping[str, Any]) -> None:  # Any: as above
         changes = [_points(row["found"][times] - now) for times in TIMES_SHOWN]
         table.add_row(row["tier"], f"{row['blocks']:,}", f"{100 * now:.1f} %", *changes)
     screen.print(table)
-    age = "" if report["at"] is None else f", {ago(time.time() - report['at'])} ago"
+    age = "" if report["at"] is None else f" from the store's start to {ago(time.time() - report['at'])} ago"
     screen.print(text(f"of {report['refs']:,} blocks of prompts{age}; sampled, as least recently used first would do"))
     if report["missed"]:
         table = Table("why blocks were computed", "blocks", box=None, pad_edge=False, header_style="bold")
