@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.traces import COST, trace
 from tierkv.simulate import oracle
 from tierkv.simulate.cells import Cell, aggregate, capacities
-from tierkv.simulate.oracle import NEVER, Oracle, next_uses
+from tierkv.simulate.oracle import NEVER, Future, Oracle
 from tierkv.simulate.replay import replay
 
 Path = tuple[int, ...]
@@ -79,7 +79,7 @@ def test_bounds_are_in_order(prompts: list[Path]) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(LONG, st.integers(1, 50))
+@given(LONG, st.integers(10, 100))
 def test_future_is_the_same_however_much_of_it_is_sorted_at_a_time(prompts: list[Path], at_a_time: int) -> None:
     blocks = [prompt[: end + 1] for prompt in prompts for end in range(len(prompt))]
     later = [
@@ -88,8 +88,8 @@ def test_future_is_the_same_however_much_of_it_is_sorted_at_a_time(prompts: list
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(oracle, "BATCH_REFS", 5)
-        following, num_unique = next_uses(trace(prompts), at_a_time=at_a_time)
-    assert following.tolist() == later and num_unique == len(set(blocks))
+        future = Future(trace(prompts), at_a_time=at_a_time)
+        assert [at for batch in future for at in batch.tolist()] == later and future.num_unique == len(set(blocks))
 
 
 def test_what_is_kept_for_long_does_not_fill_memory_with_what_is_gone() -> None:

@@ -6,21 +6,23 @@ those before it first, so they are always the better ones to keep. Belady, "A st
 It is not optimal for seconds or tokens: there it is a good solution, not a bound.
 """
 
-import mmap
+import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from heapq import heapify, heappush, heappushpop
 from itertools import chain
 from typing import IO, Final
+from weakref import finalize
 
 import numpy as np
 import numpy.typing as npt
 
 from tierkv.cost import CostModel
+from tierkv.simulate.blocks import Ids
 from tierkv.simulate.cells import BELADY, UNBOUNDED, Cell, Tally
-from tierkv.simulate.request import ID_BYTES, Trace
+from tierkv.simulate.request import ID_BYTES, Request, Trace
 
 NEVER: Final = np.iinfo(np.int64).max
 BATCH_REFS: Final = 1 << 18
@@ -31,10 +33,10 @@ Positions = npt.NDArray[np.int64]
 
 
 class Oracle:
-    """The future of a trace: for every reference, when its block is referenced next. num_unique: its different blocks.
+    """The bounds of a trace. num_unique: its different blocks.
 
-    Memory: one byte per reference while a cell is made, and what Belady keeps (100 bytes per block of capacity); the rest
-    lies in an unnamed temporary file, 8 bytes per reference, and 16 more at first.
+    Memory: one byte per reference while a cell is made, and what Belady keeps (100 bytes per block of capacity). The rest
+    lies in unnamed temporary files: 8 bytes per reference, and 24 more while they are made.
     """
 
     def __init__(
@@ -46,7 +48,8 @@ class Oracle:
         at_a_time: int = SORTED_REFS,
     ) -> None:
         self._trace, self._cost, self._clock = trace, cost, clock
-        self._next, self.num_unique = next_uses(trace, at_a_time=at_a_time)
+        self._future = Future(trace, at_a_time=at_a_time)
+        self.num_unique = self._future.num_unique
 
     def belady(self, capacity_blocks: int) -> Cell:
         """Keep what is used again soonest."""
@@ -55,9 +58,8 @@ class Oracle:
 
     def unbounded(self) -> Cell:
         """Keep everything."""
-        start, hits = self._clock(), np.zeros(len(self._next), dtype=np.uint8)
-        for at in range(0, len(hits), BATCH_REFS):
-            following = self._next[at : at + BATCH_REFS]
+        start, hits = self._clock(), np.zeros(self._future.num_refs, dtype=np.uint8)
+        for following in self._future:
             hits[following[following != NEVER]] = 1
         return self._cell(UNBOUNDED, self.num_unique, hits.data, start)
 
@@ -78,13 +80,12 @@ class Oracle:
 
     def _kept(self, capacity: int) -> bytearray:
         """One byte per reference: 1 where its block is held."""
-        hits = bytearray(len(self._next))
+        hits = bytearray(self._future.num_refs)
         heap: list[
             int
         ] = []  # when kept blocks are used next, negated: the last one first; those that passed stay at its end
         size = 0
-        batches = (self._next[at : at + BATCH_REFS].tolist() for at in range(0, len(hits), BATCH_REFS))
-        for at, following in enumerate(chain.from_iterable(batches)):
+        for at, following in enumerate(chain.from_iterable(map(np.ndarray.tolist, self._future))):
             if hits[at]:
                 size -= 1
             if following == NEVER:
@@ -101,50 +102,67 @@ class Oracle:
         return hits
 
 
-def next_uses(trace: Trace, *, at_a_time: int = SORTED_REFS) -> tuple[Positions, int]:
-    """For every reference of a trace the next one to the same block, or NEVER; and the number of different blocks.
+class Future:
+    """For every reference of a trace the next one to the same block, or NEVER. num_unique: different blocks.
 
-    References are dealt by their ids into piles of about `at_a_time`, which are sorted one by one.
+    References are dealt by their ids onto piles of about `at_a_time`, which are sorted one by one; what comes out is dealt by
+    position onto others, which are put together one by one. Memory: 50 bytes for each reference of a pile.
     """
-    refs = sum(request.num_blocks for request in trace)
-    if not refs:
-        return np.empty(0, dtype=np.int64), 0
-    bits = max(refs // at_a_time, 1).bit_length()
-    with tempfile.TemporaryFile(prefix="tierkv-oracle-") as file:
-        file.truncate(8 * refs)
-        following: Positions = np.frombuffer(mmap.mmap(file.fileno(), 8 * refs), dtype=np.int64)
-    following[:] = NEVER
-    num_unique = 0
-    with ExitStack() as stack:
-        piles = [stack.enter_context(tempfile.TemporaryFile(prefix="tierkv-oracle-")) for _ in range(1 << bits)]
-        _deal(trace, piles, bits)
-        for pile in piles:
-            pile.seek(0)
-            ids, positions = np.frombuffer(pile.read(), dtype=np.uint64).reshape(-1, 2).T
-            order = np.argsort(ids, kind="stable")
-            ids, positions = ids[order], positions[order].astype(np.int64)
-            again = ids[1:] == ids[:-1]
-            following[positions[:-1][again]] = positions[1:][again]
-            num_unique += len(ids) - int(np.count_nonzero(again))
-            pile.truncate(0)
-    return following, num_unique
+
+    def __init__(self, trace: Iterable[Request], *, at_a_time: int = SORTED_REFS) -> None:
+        self.num_unique = 0
+        self.num_refs = sum(request.num_blocks for request in trace)
+        self._file: IO[bytes] = tempfile.TemporaryFile(prefix="tierkv-oracle-")  # noqa: SIM115
+        finalize(self, self._file.close)
+        with ExitStack() as stack:
+            count = self.num_refs // at_a_time + 1
+            bits = count.bit_length()
+            by_id = [stack.enter_context(tempfile.TemporaryFile(prefix="tierkv-oracle-")) for _ in range(1 << bits)]
+            at = 0
+            for batch in _batches(trace):
+                ids = np.frombuffer(batch, dtype="<u8").astype(np.uint64)
+                _deal(by_id, ids >> np.uint64(64 - bits), ids, np.arange(at, at + len(ids), dtype=np.uint64))
+                at += len(ids)
+            by_place = [stack.enter_context(tempfile.TemporaryFile(prefix="tierkv-oracle-")) for _ in range(count)]
+            for pile in by_id:
+                ids, places = _taken(pile)
+                order = np.argsort(ids, kind="stable")
+                ids, places = ids[order], places[order]
+                again = ids[1:] == ids[:-1]
+                self.num_unique += len(ids) - int(np.count_nonzero(again))
+                now, following = places[:-1][again], places[1:][again]
+                _deal(by_place, now // np.uint64(at_a_time), now, following)
+            for number, pile in enumerate(by_place):
+                lo = number * at_a_time
+                part = np.full(min(at_a_time, self.num_refs - lo), NEVER, dtype=np.int64)
+                now, following = _taken(pile)
+                part[now.astype(np.int64) - lo] = following
+                self._file.write(part.tobytes())
+        self._file.flush()
+
+    def __iter__(self) -> Iterator[Positions]:
+        """The next references of all, in order, some at a time."""
+        for at in range(0, 8 * self.num_refs, 8 * BATCH_REFS):
+            yield np.frombuffer(os.pread(self._file.fileno(), 8 * BATCH_REFS, at), dtype=np.int64)
 
 
-def _deal(trace: Trace, piles: Sequence[IO[bytes]], bits: int) -> None:
-    """Write each reference, its id and its position, onto the pile that the id's leading bits name."""
-    at = 0
-    for batch in _batches(trace):
-        ids = np.frombuffer(batch, dtype="<u8").astype(np.uint64)
-        pairs = np.stack([ids, np.arange(at, at + len(ids), dtype=np.uint64)], axis=1)
-        at += len(ids)
-        number = (ids >> np.uint64(64 - bits)).astype(np.int64)
-        pairs = pairs[np.argsort(number, kind="stable")]
-        ends = np.cumsum(np.bincount(number, minlength=len(piles))).tolist()
-        for pile, lo, hi in zip(piles, [0, *ends], ends, strict=False):
-            pile.write(pairs[lo:hi].tobytes())
+def _deal(piles: Sequence[IO[bytes]], number: Ids, one: Ids, other: Ids) -> None:
+    """Write each pair onto the pile of its number."""
+    pairs = np.stack([one, other], axis=1)[np.argsort(number, kind="stable")]
+    ends = np.cumsum(np.bincount(number.astype(np.int64), minlength=len(piles))).tolist()
+    for pile, lo, hi in zip(piles, [0, *ends], ends, strict=False):
+        pile.write(pairs[lo:hi].tobytes())
 
 
-def _batches(trace: Trace) -> Iterator[bytes]:
+def _taken(pile: IO[bytes]) -> tuple[Ids, Ids]:
+    """The pairs of a pile, which is empty then."""
+    pile.seek(0)
+    one, other = np.frombuffer(pile.read(), dtype=np.uint64).reshape(-1, 2).T
+    pile.truncate(0)
+    return one, other
+
+
+def _batches(trace: Iterable[Request]) -> Iterator[bytes]:
     """Ids of all references, some at a time."""
     parts, size = [], 0
     for request in trace:
