@@ -126,6 +126,11 @@ def test_sessions_are_overlaid_each_with_its_own_blocks(write: Callable[..., Pat
     assert [each.num_blocks for each in found] == [2, 2, 2, 3, 3, 3]
 
 
+def test_sub_agent_without_a_time_begins_with_its_session(write: Callable[..., Path]) -> None:
+    path = write(session(asked(5, [1]), {"type": "subagent", "requests": [asked(3, [1, 2])]}))
+    assert [(each.time_s, each.num_blocks) for each in open_trace(path)] == [(3, 2), (5, 1)]
+
+
 def test_sessions_of_global_scope_share_their_blocks(write: Callable[..., Path]) -> None:
     one, other = open_trace(write(*(session(asked(0, [1, 2]), hash_id_scope="global") for _ in range(2))))
     assert one.blocks == other.blocks

@@ -119,7 +119,7 @@ def _session(rows: Rows, row: Row, name: str, start_s: float, seed: int, block_t
             rows.fail(
                 f"request {at} of session {name} is not an object", "an object with t, in, out and hash_ids is expected"
             )
-        time_s = start_s + rows.seconds(each, "t")
+        time_s = start_s + rows.seconds(each, "t", default=0.0)
         if each.get("type") == "subagent":
             yield from _session(rows, each, f"{name}.{at}", time_s, seed, block_tokens)
             continue

@@ -70,9 +70,9 @@ class Rows:
         self._last = given
         return (given - self._first) * unit_s
 
-    def seconds(self, row: Row, field: str) -> float:
-        """A time, not negative."""
-        given = self.field(row, field, "a number")
+    def seconds(self, row: Row, field: str, *, default: float | None = None) -> float:
+        """A time, not negative; absent: the default, if there is one."""
+        given = self.field(row, field, "a number") if default is None else row.get(field, default)
         if type(given) not in (int, float) or not -LATEST <= given <= LATEST:  # nor NaN
             self.fail(f"{field} is {_short(given)}", "a number is expected")
         if given < 0:
