@@ -1,15 +1,19 @@
 """Policies: the contract for each, what tells them apart, and the costs they go by."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Container, Sequence
 from random import Random
 
 import pytest
 
 from tierkv.cost import CostModel
 from tierkv.errors import ConfigError
+from tierkv.index import Index, TierSpec
 from tierkv.policies import NAMES, make
+from tierkv.policies.arc import ArcPolicy
 from tierkv.policies.base import Policy
-from tierkv.policies.heap import HeapPolicy
+from tierkv.policies.fifo import FifoPolicy
+from tierkv.policies.gdsf import GdsfPolicy
+from tierkv.policies.slru import SlruPolicy
 from tierkv.testing import PolicyContract
 
 COST = CostModel(block_tokens=512, block_bytes=512 * 131072)
@@ -70,9 +74,9 @@ class TestLfu(PolicyContract):
         assert self.holds(index, [1, 2, 3, 4]) == 2 and self.holds(index, [7]) == 1
 
 
-class TestCost(PolicyContract):
+class TestGdsf(PolicyContract):
     def make(self, tier: int) -> Policy:
-        return make("cost", tier=tier, cost=COST, next_tier=1)
+        return GdsfPolicy(tier=tier, cost=COST, next_tier=1)
 
     def test_deep_block_outlives_a_shallow_one_of_the_same_use(self) -> None:
         deep: Sequence[int] = range(10, 60)
@@ -89,40 +93,185 @@ class TestCost(PolicyContract):
         assert self.holds(index, deep) == 150 and self.holds(index, [1, 2]) == 0
 
 
-class TestCostAboveASlowTier(PolicyContract):
-    """Everything is quicker recomputed than reloaded: worth little, but still the more the oftener it is used."""
-
+class _AboveASlowTier(PolicyContract):
     def make(self, tier: int) -> Policy:
         slow = CostModel(block_tokens=512, block_bytes=1)
         slow.observe_fetch(1, 1, 60.0)
-        return make("cost", tier=tier, cost=slow, next_tier=1)
+        return GdsfPolicy(tier=tier, cost=slow, next_tier=1)
 
-    def test_only_use_counts(self) -> None:
-        deep: Sequence[int] = range(1000, 1150)
-        index = self.fill([[1, 2], [1, 2], deep])
+
+def test_only_use_counts_where_everything_is_quicker_recomputed_than_reloaded() -> None:
+    deep: Sequence[int] = range(1000, 1150)
+    suite = _AboveASlowTier()
+    index = suite.fill([[1, 2], [1, 2], deep])
+    index.evict(0, 2)
+    assert suite.holds(index, deep) == 148 and suite.holds(index, [1, 2]) == 2
+
+
+class TestFifo(PolicyContract):
+    def make(self, tier: int) -> Policy:
+        return FifoPolicy(tier=tier)
+
+    @pytest.mark.parametrize("capacity", [10, 40])
+    def test_is_leaf_fifo_to_the_block(self, capacity: int) -> None:
+        """Against the definition: of the leaves outside the request, the one that came first goes, the deepest of equals."""
+        random = Random(capacity)
+        index = self.fill([], capacity=capacity)
+        came: dict[tuple[int, ...], int] = {}
+        for now in range(400):
+            prompt, path, found = request(random, came)
+            assert self.holds(index, prompt) == found
+            for block in path[found:]:
+                if len(came) == capacity:
+                    leaves = [leaf for leaf in leaves_of(came) if leaf not in path]
+                    if not leaves:
+                        break
+                    del came[min(leaves, key=lambda leaf: (came[leaf], -len(leaf)))]
+                came[block] = now
+            self.save(index, prompt)
+            assert index.stats().tiers[0].held == len(came)
+
+    def test_hits_keep_nothing(self) -> None:
+        index = self.fill([[1, 2], [3, 4], [1, 2], [1, 2, 5]])
+        index.evict(0, 1)
+        assert self.holds(index, [3, 4]) == 1
+        index.evict(0, 1)
+        assert self.holds(index, [3, 4]) == 0 and self.holds(index, [1, 2, 5]) == 3
+
+    def test_later_part_of_a_strand_goes_first_and_alone(self) -> None:
+        index = self.fill([[1, 2], [1, 2, 3, 4], [8], [1, 2, 3, 4, 5]])
+        index.evict(0, 1)
+        assert self.holds(index, [8]) == 0
+        index.evict(0, 1)
+        assert self.holds(index, [1, 2, 3, 4, 5]) == 4
+        assert [blocks for _, blocks in self.victims(self.policy(index))] == [2]
+
+
+class TestSlru(PolicyContract):
+    def make(self, tier: int) -> Policy:
+        return SlruPolicy(tier=tier)
+
+    @pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])
+    def test_is_leaf_slru_to_the_block(self, share: float) -> None:
+        """Against the definition, of a block that was demoted as if used then."""
+        random = Random(3)
+        policy = SlruPolicy(tier=0, protected_share=share)
+        index = Index(block_tokens=1, tiers=[TierSpec("host", 40, True, policy)])
+        used: dict[tuple[int, ...], int] = {}
+        demoted: dict[tuple[int, ...], int] = {}
+        protected: set[tuple[int, ...]] = set()
+        demotions = 0
+        for now in range(600):
+            prompt, path, found = request(random, used)
+            assert self.holds(index, prompt) == found
+            protected.update(path[:found])
+            used.update(dict.fromkeys(path[:found], now))
+            while len(protected) > int(share * len(used)):
+                last = min(protected, key=lambda block: (used[block], -len(block)))
+                protected.remove(last)
+                demoted[last] = now
+                demotions += 1
+            for block in path[found:]:
+                if len(used) == 40:
+                    leaves = [leaf for leaf in leaves_of(used) if leaf not in path]
+                    if not leaves:
+                        break
+                    gone = min(
+                        leaves, key=lambda leaf: (leaf in protected, max(used[leaf], demoted.get(leaf, 0)), used[leaf])
+                    )
+                    del used[gone]
+                    demoted.pop(gone, None)
+                    protected.discard(gone)
+                used[block] = now
+            self.save(index, prompt)
+            assert policy.num_held == len(used) and policy.num_protected == len(protected)
+        assert (demotions > 20) == (share < 1)
+
+    def test_used_again_outlives_a_scan_of_what_is_used_once(self) -> None:
+        index = self.fill(
+            [*([9, at] for at in range(20)), [1, 2], [1, 2], *([9, at] for at in range(100))], capacity=10
+        )
+        assert self.holds(index, [1, 2]) == 2
+
+    def test_protected_long_ago_goes_once_others_are_used_again(self) -> None:
+        index = self.fill([[1, 2], [1, 2]] + [[at, at] for at in range(5, 40) for _ in "ab"], capacity=10)
+        assert self.holds(index, [1, 2]) == 0
+
+
+class TestArc(PolicyContract):
+    def build(self, capacities: Sequence[int]) -> tuple[list[Policy], None]:
+        return [ArcPolicy(tier=tier, capacity_blocks=capacity) for tier, capacity in enumerate(capacities)], None
+
+    def arc(self, index: Index) -> ArcPolicy:
+        policy = self.policy(index)
+        assert isinstance(policy, ArcPolicy)
+        return policy
+
+    @pytest.mark.parametrize("history_blocks", [0, 15, 500])
+    def test_lists_are_no_longer_than_the_original_says(self, history_blocks: int) -> None:
+        random = Random(history_blocks)
+        index = self.fill([], capacity=40, history_blocks=history_blocks)
+        arc, targets = self.arc(index), set()
+        for _ in range(1000):
+            prompt = [random.randrange(3) for _ in range(random.randrange(1, 9))]
+            if random.random() < 0.3:
+                prompt[0] = random.randrange(50)
+            self.save(index, prompt)
+            once, again, held = arc.num_once, arc.num_again, index.stats().tiers[0].held
+            assert min(once, again) >= 0 and once + again == held <= 40
+            assert once + arc.once_gone.num_blocks <= 40
+            assert held + arc.once_gone.num_blocks + arc.again_gone.num_blocks <= 80
+            assert 0 <= arc.target <= 40
+            targets.add(arc.target)
+            for ghosts in (arc.once_gone, arc.again_gone):
+                assert ghosts.num_blocks == sum(run.hi - run.lo for run in ghosts._order)
+                assert len(ghosts._order) == sum(map(len, ghosts._runs.values()))
+        assert len(targets) > 10 or not history_blocks
+
+    def test_used_again_outlives_a_scan_of_what_is_used_once(self) -> None:
+        index = self.fill([[1, 2], [1, 2], *([9, at] for at in range(100))], capacity=10, history_blocks=100)
+        assert self.holds(index, [1, 2]) == 2
+
+    def test_block_that_comes_back_was_used_twice_and_shifts_the_target_to_its_list(self) -> None:
+        index = self.fill([[1], [1], *([at] for at in range(10, 14))], capacity=4, history_blocks=100)
+        arc = self.arc(index)
+        assert (arc.num_once, arc.num_again, arc.once_gone.num_blocks, arc.target) == (3, 1, 1, 0)
+        self.save(index, [10])  # forgotten last, used once
+        assert (arc.num_once, arc.num_again, arc.once_gone.num_blocks, arc.target) == (2, 2, 1, 1)
+        self.save(index, [11])  # forgotten for that
+        assert (arc.num_once, arc.num_again, arc.once_gone.num_blocks, arc.target) == (1, 3, 1, 2)
+        self.save(index, [30])  # the list of those used once has room now: one of the others goes, the first
+        assert self.holds(index, [1]) == 0 and arc.again_gone.num_blocks == 1
+        self.save(index, [1])  # comes back to the other list
+        assert arc.target == 1 and (arc.again_gone.num_blocks, arc.num_again + arc.num_once) == (1, 4)
+
+    def test_what_the_index_does_not_know_any_more_is_not_remembered(self) -> None:
+        index = self.fill([[at, at + 1] for at in range(100) for _ in "ab"], capacity=10, history_blocks=0)
+        assert self.arc(index).again_gone.num_blocks <= 4
+        index = self.fill([[at, at + 1] for at in range(100) for _ in "ab"], capacity=10, history_blocks=10)
+        assert self.arc(index).again_gone.num_blocks == 10
+
+    def test_tail_used_once_goes_before_its_beginning_that_was_used_again(self) -> None:
+        index = self.fill([[1, 2, 3, 4], [1, 2], [7], [7]])
         index.evict(0, 2)
-        assert self.holds(index, deep) == 148 and self.holds(index, [1, 2]) == 2
+        assert self.holds(index, [1, 2, 3, 4]) == 2 and self.holds(index, [7]) == 1
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_heap_does_not_grow_with_what_was_forgotten(name: str) -> None:
-    policy = make(name, tier=0, cost=COST)
-    assert isinstance(policy, HeapPolicy)
+def request(random: Random, held: Container[tuple[int, ...]]) -> tuple[list[int], list[tuple[int, ...]], int]:
+    """A prompt, its blocks as the paths to them, and how many of the leading ones are held."""
+    prompt = [random.randrange(3) for _ in range(random.randrange(1, 9))]
+    path = [tuple(prompt[: at + 1]) for at in range(len(prompt))]
+    return prompt, path, next((at for at, block in enumerate(path) if block not in held), len(path))
 
-    class Suite(PolicyContract):
-        def make(self, tier: int) -> Policy:
-            return policy
 
-    suite = Suite()
-    index = suite.fill([[at % 5, at, at % 3] for at in range(3000)], capacity=50)
-    assert len(policy._heap) <= 2 * 50 + 64 and len(policy._live) <= 50
-    assert len(getattr(policy, "_uses", {})) <= 50
-    index.evict(0)
-    assert not policy._live
+def leaves_of(held: Collection[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Blocks that no other one follows."""
+    parents = {block[:-1] for block in held}
+    return [block for block in held if block not in parents]
 
 
 def test_unknown_policy_is_a_configuration_error() -> None:
-    with pytest.raises(ConfigError, match="'mru': must be one of lru, lfu, cost"):
+    with pytest.raises(ConfigError, match=f"'mru': must be one of {', '.join(NAMES)}"):
         make("mru", tier=0)
     with pytest.raises(ConfigError, match="needs a cost model"):
         make("cost", tier=0)

@@ -127,15 +127,19 @@ class Index:
             if strand is not last or end < last_end:
                 tree.use(last, last_end)
             for strand, end in path:
-                if not end:
-                    continue
-                strand.stamps.cover(end, clock)
-                if strand.again < end:
-                    strand.again = end
-                for tier, policy in tree.learners:
+                if end:
+                    strand.stamps.cover(end, clock)
+                    if strand.again < end:
+                        strand.again = end
+            for tier, policy in tree.learners:
+                num_found = 0
+                for strand, end in path:
                     holding = strand.holdings[tier]
-                    if holding and holding.count:
-                        policy.record(strand, 0, min(end, len(holding.state)), clock)
+                    if end and holding and holding.count:
+                        end = min(end, len(holding.state))
+                        policy.record(strand, 0, end, clock)
+                        num_found += end
+                policy.found(num_found)
             return self._lease(root, tokens, path[-1], tiers, use)
 
     def keep(self, root: Key, tokens: bytes, *, use: Use | None = None) -> Lease:

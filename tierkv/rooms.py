@@ -54,7 +54,9 @@ class Room:
         places = self._free[: -count - 1 : -1].tolist()
         del self._free[-count:]
         places.sort()  # neighbours are moved in one copy
-        self._set(places, FREE, TAKEN)
+        owner = self._owner
+        for place in places:
+            owner[place] = TAKEN
         return places
 
     def give_back(self, places: Sequence[int], count: int) -> None:
@@ -82,14 +84,29 @@ class Room:
         self.held -= count
         self.taken += count
 
+    def clear(self, places: Sequence[int], count: int) -> None:
+        """Blocks left, and their places are free."""
+        if self.placed:
+            self._set(places, FILLED, FREE)
+            self._free.extend(reversed(places))
+        self.held -= count
+
     def _set(self, places: Sequence[int], old: int, new: int) -> None:
-        owner = self._owner
-        for at, place in enumerate(places):
-            if not 0 <= place < self.capacity or owner[place] != old:
-                for done in places[:at]:
-                    owner[done] = old
-                raise ValueError(f"place {place} of tier {self.name} is not {('free', 'reserved', 'in use')[old]}")
-            owner[place] = new
+        """Change the owner of places; of none, if that is not right."""
+        owner, at, place = self._owner, 0, min(places, default=0)
+        try:
+            if place >= 0:
+                for at, place in enumerate(places):  # noqa: B007 -- the last ones are told below
+                    if owner[place] != old:
+                        break
+                    owner[place] = new
+                else:
+                    return
+        except IndexError:
+            pass
+        for done in places[:at]:
+            owner[done] = old
+        raise ValueError(f"place {place} of tier {self.name} is not {('free', 'reserved', 'in use')[old]}")
 
     def check(self, filled: list[int]) -> None:
         """Verify the accounts; filled: the places of all blocks held."""

@@ -24,6 +24,7 @@ PENDING: Final = 2
 """State of a block in a tier; a byte each, searched with `find`."""
 HISTORY: Final = -1
 """Stands for a tier where a strand is asked what may be taken out of the tree, by those who can order a tier."""
+_STATES: Final = tuple(bytes((kind,)) for kind in (ABSENT, HELD, PENDING))
 
 
 class Steps:
@@ -150,6 +151,8 @@ class Holding:
             lo = max(lo, *self.pins)
         if lo >= hi:
             return hi, hi
+        if self.count == len(state):
+            return lo, hi
         at = state.rfind(ABSENT, lo, hi)
         if self.num_pending:
             at = max(at, state.rfind(PENDING, lo, hi))
@@ -174,11 +177,11 @@ class Holding:
         else:
             if lo > len(state):
                 state.extend(bytes(lo - len(state)))
-            state[lo:hi] = bytes((kind,)) * (hi - lo)
+            state[lo:hi] = _STATES[kind] * (hi - lo)
         if self.places is not None:
             if len(self.places) > len(state):
                 del self.places[len(state) :]
-            else:
+            elif len(self.places) < len(state):
                 self.places.frombytes(bytes(4 * (len(state) - len(self.places))))
 
 
@@ -281,12 +284,24 @@ class Strand:
         within = block + 1 < self.size
         return within + (0 if found is None else len(found.by_first) if type(found) is Fork else 1)
 
+    def follower(self, block: int) -> "tuple[Strand, int] | None":
+        """The only block that is known to follow this one: its strand and its number there."""
+        found = self.children.get(block + 1) if self.children else None
+        if found is None:
+            return (self, block + 1) if block + 1 < self.size else None
+        return (found, 0) if type(found) is Strand and block + 1 == self.size else None
+
     def span(self, tier: int) -> tuple[int, int]:
         """Blocks that the tier may forget now (see `tierkv.policies.base.Leaf`)."""
         if tier == HISTORY:
             return max(self.size - self.past, max(self.children or (0,))) if self.past else self.size, self.size
         holding = self.holdings[tier]
-        return holding.span() if holding else (0, 0)
+        if not holding:
+            return 0, 0
+        hi = holding.count
+        if not holding.pins and hi == len(holding.state):  # the usual case: no gap, and nobody at it
+            return min(holding.floor, hi), hi
+        return holding.span()
 
     def stamp(self, block: int) -> int:
         """Logical time of a block's last use."""

@@ -11,8 +11,8 @@ Only changes between nothing and something travel to the parent, so pins and cop
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from math import inf
 from itertools import islice
+from math import inf
 from typing import Final
 
 from tierkv import fates
@@ -248,6 +248,8 @@ class Tree:
         while strand.parent and strand.size:  # none: it has been taken off before
             before = strand.size - strand.past
             needed = self._needed(strand, before)
+            if needed == strand.size:
+                break
             if needed < before:
                 strand.past = strand.size - needed
                 self.num_past += before - needed
@@ -271,9 +273,13 @@ class Tree:
 
     def _needed(self, strand: Strand, before: int) -> int:
         """Leading blocks that something needs; it was `before`, and has not risen since."""
-        needed = max((len(holding.state) for holding in strand.holdings if holding), default=0)
+        needed = 0
+        for holding in strand.holdings:
+            if holding and len(holding.state) > needed:
+                needed = len(holding.state)
         if needed < before:
-            needed = max(needed, max(strand.holds or (0,)))
+            if strand.holds:
+                needed = max(needed, *strand.holds)
             for at, found in (strand.children or {}).items():
                 if at > needed and found.needed:
                     needed = at
@@ -452,7 +458,12 @@ class Tree:
             room.evicted += hi - lo
             done += hi - lo
             room.policy.forgot(strand, hi - lo)
-            room.give_back(self.forget(strand, lo, hi, tier), hi - lo)
+            holding = strand.holdings[tier]
+            assert holding
+            room.clear(holding.places[lo:hi] if holding.places is not None else (), hi - lo)
+            holding.mark(lo, hi, ABSENT)
+            self._changed(strand, tier)
+            self.trim(strand)
             self.note(strand, lo, hi, tier, room.policy.name)
         return done
 
@@ -475,7 +486,7 @@ class Tree:
                 return Victim(strand, min(victim.blocks, hi - max(lo, end)))
             if lo < hi:
                 room.parked.park(strand, claim(strand, hi)[0])
-        while parked := room.parked.pop():
+        while below == inf and (parked := room.parked.pop()):
             lo, hi = parked.span(tier)
             if lo < hi:
                 return Victim(parked, hi - max(lo, claim(parked, hi)[1]))
@@ -510,6 +521,8 @@ class Tree:
 
     def _only(self, strand: Strand, lo: int, hi: int, tier: int) -> int:
         """How many blocks of [lo, hi) no other tier holds."""
+        if len(strand.holdings) == 1:
+            return hi - lo
         others = [holding.state for at, holding in enumerate(strand.holdings) if holding and at != tier]
         if not others:
             return hi - lo
@@ -527,7 +540,7 @@ class Tree:
         """Something that kept blocks of this strand in the tier has gone."""
         holding = strand.holdings[tier]
         assert holding
-        if not holding.alive:
+        if not (holding.count or holding.pins or holding.hang):
             self._sleep(strand, tier)
         elif holding.count:
             self.offer(strand, tier)

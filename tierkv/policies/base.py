@@ -24,6 +24,9 @@ class Leaf(Protocol):
     def fanout(self, block: int) -> int:
         """How many different blocks are known to follow this one."""
 
+    def follower(self, block: int) -> "tuple[Leaf, int] | None":
+        """The only block that is known to follow this one: its strand and its number there."""
+
     def span(self, tier: int) -> tuple[int, int]:
         """Blocks [lo, hi) of this strand that `tier` may forget now, the tail first; lo == hi: none."""
 
@@ -97,6 +100,9 @@ class Policy(ABC):
     @abstractmethod
     def record(self, strand: Leaf, lo: int, hi: int, now: int) -> None:
         """Blocks [lo, hi) of the strand were used, or have just come in."""
+
+    def found(self, blocks: int) -> None:  # noqa: B027 -- not every policy learns from it
+        """A request came, and this tier held so many of its blocks; after the calls of `record` for them."""
 
     @abstractmethod
     def offer(self, strand: Leaf) -> None:

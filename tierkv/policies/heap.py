@@ -1,4 +1,4 @@
-"""The heap that orders strands by the worth of their tail: what lru, lfu and cost have in common."""
+"""The heap that orders strands by the worth of their tail: what most policies have in common."""
 
 from abc import abstractmethod
 from heapq import heapify, heappop, heappush
@@ -6,7 +6,7 @@ from math import inf
 
 from tierkv.policies.base import Leaf, Policy, Victim
 
-Rank = tuple[float, float]
+Rank = tuple[float, ...]
 
 
 class HeapPolicy(Policy):
@@ -24,7 +24,7 @@ class HeapPolicy(Policy):
 
     @abstractmethod
     def rank(self, strand: Leaf, block: int) -> Rank:
-        """What keeping this block, the last one, is worth; the second number decides between equals."""
+        """What keeping this block, the last one, is worth; later numbers decide between equals."""
 
     @abstractmethod
     def start(self, strand: Leaf, block: int) -> int:
@@ -37,18 +37,24 @@ class HeapPolicy(Policy):
     def record(self, strand: Leaf, lo: int, hi: int, now: int) -> None:
         """Learn nothing by default: stamps say when, and are looked up when an entry comes up."""
 
+    def span(self, strand: Leaf) -> tuple[int, int]:
+        """Blocks of a strand that may go now; a policy that orders part of what a tier has says which part."""
+        return strand.span(self.tier)
+
+    def __contains__(self, strand: Leaf) -> bool:
+        """Whether the strand is offered; its span may be empty by now."""
+        return strand in self._live
+
     def offer(self, strand: Leaf) -> None:
         """See Policy."""
-        lo, hi = strand.span(self.tier)
+        lo, hi = self.span(strand)
         if lo < hi:
             self._push(strand, self.rank(strand, hi - 1))
 
     def withdraw(self, strand: Leaf) -> None:
         """See Policy."""
         self._live.pop(strand, None)
-        if len(self._heap) > 2 * len(self._live) + 64:
-            self._heap = list(self._live.values())
-            heapify(self._heap)
+        self._compact()
 
     def pop(self, below: float = inf) -> Victim | None:
         """See Policy."""
@@ -58,7 +64,7 @@ class HeapPolicy(Policy):
             if self._live.get(strand) is not entry:
                 continue
             del self._live[strand]
-            lo, hi = strand.span(self.tier)
+            lo, hi = self.span(strand)
             if lo == hi:
                 continue
             rank = self.rank(strand, hi - 1)
@@ -76,3 +82,10 @@ class HeapPolicy(Policy):
         entry = (rank, self._count, strand)
         self._live[strand] = entry
         heappush(self._heap, entry)
+        self._compact()
+
+    def _compact(self) -> None:
+        """Drop the dead entries once they are the most."""
+        if len(self._heap) > 2 * len(self._live) + 64:
+            self._heap = list(self._live.values())
+            heapify(self._heap)

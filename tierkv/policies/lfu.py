@@ -73,13 +73,9 @@ class LfuPolicy(HeapPolicy):
         return 1.0
 
     def rank(self, strand: Leaf, block: int) -> Rank:
-        """Worth; then the time of the last use, since uses are small numbers and many are equal."""
-        return self.worth(strand, block), strand.stamp(block)
-
-    def worth(self, strand: Leaf, block: int) -> float:
-        """Age when it was last used, plus what its uses are worth."""
+        """Age when it was last used, plus what its uses are worth; then the time of the last use, since many are equal."""
         uses = self._uses[strand]
-        return uses.ages.at(block) + uses.frequency(block) * self.value(strand, block)
+        return uses.ages.at(block) + uses.frequency(block) * self.value(strand, block), strand.stamp(block)
 
     def start(self, strand: Leaf, block: int) -> int:
         """See HeapPolicy."""
@@ -96,7 +92,7 @@ class LfuPolicy(HeapPolicy):
     def forgot(self, strand: Leaf, blocks: int) -> None:
         """Age: whoever comes now is not behind those that have long been here."""
         end = strand.span(self.tier)[1]
-        self.age = max(self.age, self.worth(strand, end - 1))
+        self.age = max(self.age, self.rank(strand, end - 1)[0])
         if end > blocks:
             self._uses[strand].cut(end - blocks)
         else:

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
+from tierkv import policies
 from tierkv.cost import CostModel
 from tierkv.errors import ConfigError
 from tierkv.hints import NO_HINTS, Ending, Next
-from tierkv.index import Index, TierSpec
+from tierkv.index import Index, Lease, TierSpec
 from tierkv.keys import Key
-from tierkv.policies import make
 from tierkv.simulate.cells import Cell, Tally
 from tierkv.simulate.request import ID_BYTES, Request, Trace
 from tierkv.wants import Want
@@ -59,17 +59,24 @@ def replay(
     capacity_blocks: int,
     unique_blocks: int,
     cost: CostModel,
+    objective: str = "hits",
     hints: Known = NOTHING,
     clock: Callable[[], float] = time.process_time,
 ) -> Cell:
     """Run every request of a trace against one tier, empty at first; what is not held there is nowhere.
 
-    A request is over before the next one comes. unique_blocks: of the trace, for the capacity as a share.
+    A request is over before the next one comes. unique_blocks: of the trace, for the capacity as a share.  objective: what the
+    adaptive policy keeps most of, `hits` or `seconds`.
     """
-    spec = TierSpec("simulated", capacity_blocks, True, make(policy, tier=0, cost=cost))
-    index = Index(block_tokens=ID_TOKENS, tiers=[spec])
+    (made,), observer = policies.build([policy], capacities=[capacity_blocks], cost=cost, objective=objective)
+    index = Index(
+        block_tokens=ID_TOKENS,
+        tiers=[TierSpec("simulated", capacity_blocks, True, made)],
+        observer=observer,
+        history_blocks=policies.history_blocks([capacity_blocks]) if observer else 0,
+    )
     start = clock()
-    tally = drive(trace, index, hints=hints)
+    tally = drive(trace, index, hints=hints, learns=observer is not None)
     return tally.cell(
         policy=policy,
         capacity=capacity_blocks,
@@ -80,10 +87,11 @@ def replay(
     )
 
 
-def drive(trace: Iterable[Request], index: Index, *, hints: Known = NOTHING, tell_ends: bool = False) -> Tally:
+def drive(trace: Iterable[Request], index: Index, *, hints: Known = NOTHING, learns: bool = False) -> Tally:
     """Run every request of a trace that has a full block against the first tier of an index, whose blocks are the trace's.
 
-    tell_ends: say when a request is over, for an index with an observer.
+    learns: the index has an observer. It is told of every request and its end, and what it thinks little of is not let in, as
+    in the tiers of a store below the device.
     """
     tally = Tally()
     queue = _Queue(trace, index, hints.queue_s) if hints.queue_s else None
@@ -100,14 +108,25 @@ def drive(trace: Iterable[Request], index: Index, *, hints: Known = NOTHING, tel
             if queue:
                 queue.served()
             found, asked = lease.num_blocks, len(blocks) // ID_BYTES
-            if found < asked and (room := index.reserve(0, asked - found, at_least=1)):
+            if learns:
+                _let_in(index, lease, blocks[found * ID_BYTES :])
+            elif found < asked and (room := index.reserve(0, asked - found, at_least=1)):
                 fresh = blocks[found * ID_BYTES : (found + room.count) * ID_BYTES]
                 index.extend(lease, fresh, tier=0, places=room.places)
-            if tell_ends:
+            if learns:
                 index.end(lease, told(request, hints), now_s=request.time_s)
             lease.release()
             tally.add(found, asked, request.input_tokens)
     return tally
+
+
+def _let_in(index: Index, lease: Lease, fresh: bytes) -> None:
+    """Let blocks follow the lease's path, and into the first tier as far as that wants them."""
+    found = lease.num_blocks
+    index.extend(lease, fresh)
+    copy = index.begin_copy(lease, 0, found, lease.num_blocks)
+    if copy:
+        index.commit_copy(copy, [True] * len(copy.blocks))
 
 
 def told(request: Request, hints: Known) -> Ending:

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from tierkv import policies
 from tierkv.cost import CostModel
 from tierkv.index import Index, TierSpec
-from tierkv.policies import make
 from tierkv.simulate.events import Timeline
 from tierkv.simulate.hierarchy import EnginePlan, TierPlan, TimedRun, arrivals
 from tierkv.simulate.replay import ID_TOKENS, NOTHING, Known
@@ -44,6 +44,7 @@ def run_timed(
         serving.arrive(request)
     while serving.is_busy and serving.timeline.step():
         pass
+    assert not serving.is_busy, "requests that nothing will wake"
     return serving.figures(policy=policy, load_factor=load_factor)
 
 
@@ -59,17 +60,14 @@ def prepare(
 ) -> Serving:
     """Build a hierarchy with nothing in it; as `run_timed`."""
     cost = CostModel(block_tokens=block_tokens, block_bytes=block_bytes, num_tiers=len(plans))
+    capacities = [plan.capacity.blocks(unique_blocks=unique_blocks, block_bytes=block_bytes) for plan in plans]
+    made, observer = policies.build([plan.policy or policy for plan in plans], capacities=capacities, cost=cost)
     specs = [
-        TierSpec(
-            plan.name,
-            plan.capacity.blocks(unique_blocks=unique_blocks, block_bytes=block_bytes),
-            True,
-            make(plan.policy or policy, tier=tier, cost=cost, next_tier=tier + 1 if tier + 1 < len(plans) else None),
-        )
-        for tier, plan in enumerate(plans)
+        TierSpec(plan.name, capacity, True, one) for plan, capacity, one in zip(plans, capacities, made, strict=True)
     ]
+    history = policies.history_blocks(capacities) if observer else 0
     return Serving(
-        index=Index(block_tokens=ID_TOKENS, tiers=specs),
+        index=Index(block_tokens=ID_TOKENS, tiers=specs, observer=observer, history_blocks=history),
         plans=tuple(plans),
         engine=engine,
         cost=cost,

@@ -2,6 +2,9 @@
 """What every codec and every policy promises."""
 
 from collections.abc import Sequence
+from gc import get_referents
+from math import inf, isnan
+from types import FunctionType, ModuleType
 
 import numpy as np
 import pytest
@@ -10,7 +13,8 @@ from tierkv.codecs.base import Codec
 from tierkv.errors import CodecError
 from tierkv.index import Index, TierSpec
 from tierkv.keys import Key
-from tierkv.policies.base import Policy
+from tierkv.policies.base import Leaf, Observer, Policy, Victim
+from tierkv.strands import Strand
 
 
 def floats(dtype: str, count: int, *, seed: int = 0) -> bytes:
@@ -98,23 +102,47 @@ PROMPTS: Key = Key(b"prompts." * 4)
 
 
 class PolicyContract:
-    """What every eviction policy promises, driven by the index as a tier's own; a token is a block. Hook: `make`."""
+    """What every eviction policy promises, driven by the index as a tier's own; a token is a block. Hook: `make` or `build`."""
 
     def make(self, tier: int) -> Policy:
         """Return a policy that knows nothing yet, for the tier of this number."""
         raise NotImplementedError
 
-    def fill(self, prompts: Sequence[Sequence[int]], *, capacity: int = 500) -> Index:
+    def build(self, capacities: Sequence[int]) -> tuple[list[Policy], Observer | None]:
+        """Return policies that know nothing yet, for tiers of so many blocks, and the observer that they need."""
+        return [self.make(tier) for tier in range(len(capacities))], None
+
+    def index(self, *capacities: int, history_blocks: int = 0) -> Index:
+        """Return an index of tiers of these capacities."""
+        policies, observer = self.build(capacities)
+        specs = [
+            TierSpec(f"tier {tier}", capacity, True, policy)
+            for tier, (capacity, policy) in enumerate(zip(capacities, policies, strict=True))
+        ]
+        return Index(block_tokens=1, tiers=specs, observer=observer, history_blocks=history_blocks)
+
+    def fill(self, prompts: Sequence[Sequence[int]], *, capacity: int = 500, history_blocks: int = 0) -> Index:
         """Return an index of one tier that has saved `prompts` in order."""
-        index = Index(block_tokens=1, tiers=[TierSpec("host", capacity, True, self.make(0))])
+        index = self.index(capacity, history_blocks=history_blocks)
         for prompt in prompts:
             self.save(index, prompt)
         return index
 
+    def policy(self, index: Index) -> Policy:
+        """The policy of the fastest tier."""
+        return index._tree.rooms[0].policy
+
+    def victims(self, policy: Policy) -> list[Victim]:
+        """All that a policy names, in its order; it has nothing to name then."""
+        named = list(iter(policy.pop, None))
+        assert policy.pop() is None
+        return named
+
     def save(self, index: Index, prompt: Sequence[int]) -> None:
-        """Use a prompt, and save what is missing of it as far as there is room."""
+        """Use a prompt, and save what is missing of it as far as there is room. Uses are about a second apart."""
         tokens = np.array(prompt, "<i4").tobytes()
-        with index.acquire(PROMPTS, tokens) as lease:
+        now_s = float(index.match(PROMPTS, tokens).clock)
+        with index.acquire(PROMPTS, tokens, now_s=now_s) as lease:
             lo = lease.num_blocks
             room = index.reserve(0, len(prompt) - lo, at_least=0)
             assert room
@@ -137,8 +165,7 @@ class PolicyContract:
         return prompts
 
     def test_nothing_to_forget_is_none(self) -> None:
-        policy = self.make(0)
-        assert policy.pop() is None and policy.pop() is None
+        assert not self.victims(self.policy(self.index(10)))
 
     def test_everything_unpinned_is_forgotten_in_the_end(self, prompts: list[list[int]]) -> None:
         index = self.fill(prompts)
@@ -176,8 +203,7 @@ class PolicyContract:
 
     def test_looking_ahead_changes_nothing(self, prompts: list[list[int]]) -> None:
         """`Index.spill` pops victims and offers them back."""
-        specs = [[TierSpec(name, 60, True, self.make(at)) for at, name in enumerate(("host", "far"))] for _ in "ab"]
-        one, other = (Index(block_tokens=1, tiers=each) for each in specs)
+        one, other = self.index(60, 60), self.index(60, 60)
         for prompt in prompts:
             self.save(one, prompt)
             self.save(other, prompt)
@@ -189,3 +215,91 @@ class PolicyContract:
         """What is used once must make room for what is used once later."""
         index = self.fill([[9, at] for at in range(100)], capacity=20)
         assert self.holds(index, [9, 99]) == 2 and self.holds(index, [9, 10]) == 1
+
+    @pytest.mark.parametrize("times", [1, 2])
+    def test_each_strand_is_named_once_with_what_may_go(self, prompts: list[list[int]], times: int) -> None:
+        """However often it was offered; what a lease keeps is not named, nor what was forgotten."""
+        index = self.fill(prompts, capacity=100)
+        policy = self.policy(index)
+        with index.acquire(PROMPTS, np.array(max(prompts, key=len), "<i4").tobytes()):
+            index.evict(0, 20)
+            spans: dict[Leaf, tuple[int, int]] = {strand: strand.span(0) for strand in index._tree.strands()}
+            may_go = {strand: hi - lo for strand, (lo, hi) in spans.items() if lo < hi}
+            for _ in range(2):
+                named = self.victims(policy)
+                assert len(named) == len(may_go) == len({strand for strand, _ in named}) > 5
+                assert all(0 < blocks <= may_go[strand] for strand, blocks in named)
+                for strand, _ in named * times:
+                    policy.offer(strand)
+        assert index.evict(0).evicted == 80
+
+    def test_withdrawn_strand_is_not_named(self, prompts: list[list[int]]) -> None:
+        index = self.fill(prompts)
+        policy = self.policy(index)
+        strands = [strand for strand, _ in self.victims(policy)]
+        for strand in strands:
+            policy.offer(strand)
+        for strand in strands[::2]:
+            policy.withdraw(strand)
+        named = {strand for strand, _ in self.victims(policy)}
+        assert named == set(strands[1::2]) and named
+
+    def test_what_is_not_worth_forgetting_is_named_later(self, prompts: list[list[int]]) -> None:
+        """Asking what a block is worth, and for something that is worth less, changes nothing."""
+        asked, other = self.fill(prompts, capacity=60), self.fill(prompts, capacity=60)
+        policy = self.policy(asked)
+        for _ in range(60):
+            strands = [strand for strand, _ in self.victims(policy)]
+            for strand in strands:
+                policy.offer(strand)
+            worths = [policy.worth(strand, strand.size - 1) for strand in strands]
+            assert not any(isnan(worth) for worth in worths)
+            for below in (-inf, *worths, inf):
+                if victim := policy.pop(below):
+                    assert below > -inf or inf in worths, "nothing is worth less"
+                    policy.offer(victim.strand)
+            assert asked.evict(0, 1).evicted == other.evict(0, 1).evicted == 1
+            assert [self.holds(asked, prompt) for prompt in prompts] == [
+                self.holds(other, prompt) for prompt in prompts
+            ]
+
+    def test_blocks_that_are_lost_otherwise_may_come_back(self, prompts: list[list[int]]) -> None:
+        """Found bad, or never arrived: the policy hears of neither."""
+        random = np.random.default_rng(5)
+        index = self.index(60, 40)
+        for prompt in prompts:
+            self.save(index, prompt)
+            for lease in index.spill(0, 1, 4):
+                if copy := index.begin_copy(lease, 1, lease.lo, lease.num_blocks):
+                    index.commit_copy(copy, random.integers(2, size=len(copy.blocks)).astype(bool).tolist())
+                lease.release()
+            with index.keep(PROMPTS, np.array(prompt, "<i4").tobytes()) as lease:
+                index.drop(int(random.integers(2)), lease, [int(random.integers(lease.num_blocks + 1))])
+            index.check([])
+        for tier in (1, 0):
+            held = index.stats().tiers[tier].held
+            assert index.evict(tier).evicted == held > 10
+
+    @pytest.mark.parametrize("history_blocks", [0, 200])
+    def test_memory_is_bounded_by_what_the_tier_holds(self, history_blocks: int) -> None:
+        """However many requests there were: those that need room, and those that find everything."""
+        index = self.fill([], capacity=50, history_blocks=history_blocks)
+        policy, most = self.policy(index), [0, 0]
+        for at in range(1200):
+            self.save(index, [at % 5, at, at % 3] if at // 200 % 2 else [at % 4, at % 9, at % 2])
+            if at % 40 == 0:
+                most[at >= 500] = max(most[at >= 500], _num_objects(policy))
+        assert most[1] <= 1.5 * most[0] and most[1] < 100 * (50 + history_blocks)
+
+
+def _num_objects(thing: object) -> int:
+    """How many objects one keeps, each time that it does; what a strand keeps is the index's."""
+    seen: set[int] = set()
+    count, stack = 0, [thing]
+    while stack:
+        kept = stack.pop()
+        count += 1
+        if id(kept) not in seen and not isinstance(kept, Strand | type | ModuleType | FunctionType):
+            seen.add(id(kept))
+            stack += get_referents(kept)
+    return count
