@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from tierkv.errors import ConfigError, TierKVError
 from tierkv.policies import NAMES
@@ -137,6 +138,20 @@ def test_a_cell_that_is_missing_is_a_dash_and_nothing_else_changes(report: Repor
     hits = rows(printed(report), "block hits")
     assert hits["lfu"] == ["-", "22.00%", "-", "2.00"]
     assert hits["lru"][:2] == ["10.00%", "20.00%"]
+
+
+def test_the_best_is_green_what_is_under_lru_red_and_bounds_are_dim(report: Report) -> None:
+    _, hits, _ = tables(report)
+    assert isinstance(hits, Table)
+    policies, *columns = (list(column.cells) for column in hits.columns)
+    names = [str(each).removesuffix(" (default)") for each in policies]
+    styles = {name: [str(getattr(column[at], "style", "")) for column in columns[:2]] for at, name in enumerate(names)}
+    assert styles == {
+        "lfu": ["red", "green"],
+        "lru": ["green", ""],
+        "belady": ["dim", "dim"],
+        "unbounded": ["dim", "dim"],
+    }
 
 
 def test_hints_are_named(report: Report) -> None:

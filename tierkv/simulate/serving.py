@@ -83,7 +83,7 @@ class Serving:
             timeline=timeline,
             block_tokens=block_tokens,
             block_bytes=block_bytes,
-            copied=self._copied,
+            copied=self._unpinned,
         )
         self._compute = Server(timeline)
         self._waiting: deque[Visit] = deque()
@@ -113,7 +113,7 @@ class Serving:
         visit = Visit(request, self.timeline.now_s, pages)
         self._waiting.append(visit)
         self._admit()
-        if self._hints.queue_s and self._waiting:  # it had to wait, like all that came before it
+        if self._hints.queue_s and visit.lease is None:  # others wait before it
             visit.want = self.index.want(ROOT, request.blocks)
             if len(self._plans) > HOST + 1:
                 self._unfinished[visit] = None
@@ -132,28 +132,18 @@ class Serving:
             self._expect_no_more(visit)
             hints = visit.request.hints if self._hints.session else NO_HINTS
             visit.lease = self.index.acquire(ROOT, visit.request.blocks, now_s=self.timeline.now_s, hints=hints)
-            self._seek(visit)
+            visit.sources = visit.held.sources()
+            visit.shared = next((hi for tier, _, hi in visit.sources[:1] if tier == DEVICE), 0)
             self._moves.copy_second_use(visit.lease)
         reservation = self.index.reserve(DEVICE, visit.pages - visit.shared)
-        if reservation is None and not self._num_placed and not self._moves.num_copies:
-            # Nobody will give pages back: what it has found itself is in its way, behind a gap.
-            visit.lease.shrink(visit.shared)
-            visit.lease.shorten_pins(DEVICE)
-            self._seek(visit)
-            reservation = self.index.reserve(DEVICE, visit.pages - visit.shared)
         if reservation is None:
             return False
         self._moves.copy_ahead(visit.pages)
         visit.places = list(reservation.places)
         return True
 
-    def _seek(self, visit: Visit) -> None:
-        visit.sources = visit.held.sources()
-        first = visit.sources[0] if visit.sources else (HOST, 0, 0)
-        visit.shared = first[2] if first[0] == DEVICE else 0
-
-    def _copied(self) -> None:
-        """A copy has unpinned what it kept. Not at once: it may end inside of `_place`."""
+    def _unpinned(self) -> None:
+        """A copy keeps nothing any more: see who has room now. Not at once, for it may end inside of `_place`."""
         if self._waiting:
             self.timeline.at(self.timeline.now_s, self._admit)
 
@@ -189,6 +179,7 @@ class Serving:
         if visit in self._unfinished:
             visit.brought += blocks
             self._brought += blocks
+        self._unpinned()
         self._bring()
 
     # -- loading ----------------------------------------------------------------------------------------------------
@@ -237,8 +228,7 @@ class Serving:
             self._hits[tier] += max(0, min(hi, usable) - lo)
         self._block_refs += visit.request.num_blocks
         self._computed += visit.request.num_blocks - usable
-        visit.held.shrink(visit.shared)
-        visit.held.shorten_pins(DEVICE)
+        visit.held.shrink(visit.shared)  # and with the blocks go the pins of the tiers they came from
         self._extend(visit, usable)
         whole = max(1, visit.request.input_tokens)
         context = min(usable * self._block_tokens, whole - 1)  # the last token is always computed
