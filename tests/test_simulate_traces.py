@@ -450,6 +450,15 @@ def test_trace_is_read_in_a_process_that_was_forked_while_it_was_read() -> None:
     assert os.waitpid(child, 0)[1] == 0 and len(list(reader)) == 4
 
 
+def test_trace_is_whole_in_a_process_that_was_forked_before_it_was_read(write: Callable[..., Path]) -> None:
+    made = open_trace(write(*(mooncake(at, [at]) for at in range(5))))
+    child = os.fork()
+    if not child:
+        os._exit(0 if len(list(made)) == 5 else 1)
+    assert os.waitpid(child, 0)[1] == 0 and len(list(made)) == 5
+    assert os.fstat(made._file.fileno()).st_size == made._size
+
+
 ENDLESS = """
 import itertools, json, signal, sys, tempfile
 from tierkv.simulate.traces import open_trace

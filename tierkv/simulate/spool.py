@@ -85,6 +85,10 @@ class Spool:
         self._file.flush()
         os.pwrite(self._file.fileno(), bytes((CODES[what],)), start + NEXT_AT)
 
+    def seal(self) -> None:
+        """All is written: from now on a fork has all of it, and nothing to write once more."""
+        self._file.flush()
+
     def arrange(self, starts: Sequence[int]) -> None:
         """Read the records in this order from now on."""
         self._starts = array("q", starts)

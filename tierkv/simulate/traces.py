@@ -82,6 +82,7 @@ def _fill(spool: Spool, requests: Iterator[Request], *, arrange: bool, progress:
     _, from_end = np.unique(np.array(sessions)[::-1], return_index=True)
     for back in from_end.tolist():
         spool.mark(starts[-1 - back], Next.ENDED)
+    spool.seal()
 
 
 def _detect(rows: Rows) -> str:
