@@ -9,8 +9,7 @@ from tierkv.arrival import Arrival
 from tierkv.connectors.base import Hit, PagedConnector, Progress
 from tierkv.hints import NO_ENDING, NO_HINTS, Ending, Hints
 from tierkv.layout import TOKEN_BYTES
-from tierkv.policies.base import Use
-from tierkv.store import Match, Search, Store
+from tierkv.store import Match, Search, Store, Visit
 from tierkv.transfers import DEVICE, HOST
 
 
@@ -24,11 +23,10 @@ class _Tail:
 
 @dataclass(slots=True)
 class _Request:
-    """expected: while it waits.  taken, use: it has been matched once, and what the index made of that."""
+    """expected: while it waits.  visit: once it has been matched."""
 
     expected: Expected | None = None
-    taken: bool = False
-    use: Use | None = None
+    visit: Visit | None = None
     search: Search | None = None
     match: Match | None = None
     loading: bool = False
@@ -72,12 +70,11 @@ class EngineConnector(PagedConnector):
         if not state.search.ready:
             self._await(state, tokens)
             return None
-        if state.taken:
-            match = self.store.take_again(state.search, state.use)
+        if state.visit:
+            match = self.store.take_again(state.search, state.visit)
         else:
             match = self.store.take(state.search, hints=hints)
-            state.taken, state.use = True, match.lease.use
-        state.match, state.search = match, None
+        state.match, state.visit, state.search = match, match.visit, None
         self._awaited(state)
         self._use_tail(state, match, tokens)
         return self._hit(match)
@@ -159,7 +156,8 @@ class EngineConnector(PagedConnector):
         match = self._requests[request].match
         if match is not None:
             twin = Match(match.lease.fork(), match.shared, 0, dirty=match.lease.num_blocks)
-            self._requests[child] = _Request(match=twin, taken=True, use=twin.lease.use)
+            twin.visit.use = match.visit.use
+            self._requests[child] = _Request(match=twin, visit=twin.visit)
 
     def suspend(self, request: str, *, tail: int | None, num_tokens: int) -> "Future[None]":
         """Move what the request has to the host."""
@@ -183,6 +181,8 @@ class EngineConnector(PagedConnector):
             return
         if state.match is not None:
             self.store.end(state.match, ending)
+        elif state.visit:
+            self.store.give_up(state.visit)
         self._awaited(state)
         self._drop_tail(state)
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from tests.store_parts import PIECE, STEP, Parts, at_rest, held, prompt
+from tests.store_parts import PIECE, STEP, Parts, at_rest, content, held, prompt
 from tierkv import policies
 from tierkv.connectors.base import Hit
 from tierkv.connectors.engine import EngineConnector
 from tierkv.keys import token_bytes
 from tierkv.tiers.base import Miss
-from tierkv.transfers import HOST
+from tierkv.transfers import HOST, copy_up
 
 OTHER = "another request"
 
@@ -150,6 +150,40 @@ def test_only_a_part_of_the_host_is_filled_ahead() -> None:
     parts.store.poll()
     parts.steps.run_all()
     assert [held(parts, prompt(number), HOST) for number in range(4)] == [4, 4, 1, 0]
+
+
+def test_a_request_that_has_been_matched_leaves_its_part_of_the_host_to_others() -> None:
+    parts = Parts(host=20, slots=40)
+    connector = EngineConnector(parts.store)
+    for number in range(2):
+        parts.serve(prompt(number))
+        parts.steps.run_all()
+    parts.store.evict_device()
+    parts.store.index.evict(HOST)
+    for number in range(2):
+        connector.expect(str(number), prompt(number))
+    parts.steps.run_all()
+    assert held(parts, prompt(1), HOST) == 1
+    assert taken(parts, connector, "0", prompt(0)).sources == {"host": 8}
+    parts.store.poll()
+    parts.steps.run_all()
+    assert held(parts, prompt(1), HOST) == 4
+
+
+def test_blocks_that_are_on_their_way_already_are_not_read_twice() -> None:
+    tokens = prompt(1)
+    parts = at_rest(tokens)
+    index = parts.store.index
+    with index.keep(parts.store.root, tokens) as lease:
+        under_way = index.begin_copy(lease, HOST, 1, 2)
+        assert under_way is not None
+        below = parts.store.below[0]
+        assert copy_up(parts.store.places, below, lease, 0, 4, deadline=9.0) == 3
+        index.abort(under_way)
+        for lo, hi in ((0, 1), (2, 4)):
+            assert lease.held(HOST, lo, hi) == [(lo, hi)]
+            for block, place in zip(range(lo, hi), lease.places(HOST, lo, hi), strict=True):
+                assert (parts.row(place) == content(tokens, block)).all()
 
 
 def test_a_request_that_is_gone_brings_nothing_more() -> None:

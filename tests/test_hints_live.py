@@ -231,3 +231,24 @@ def test_a_request_that_is_pre_empted_is_expected_again(model: Any) -> None:
             seen |= {name for name in set(made[0].expected) - before if "suspend" in made[0].log}
             assert all(output.finish_reason != "abort" for output in outputs)
     assert {name.split("/")[0] for name in seen} == {requests[1]}
+
+
+def test_pages_that_a_waiting_request_has_pinned_go_to_one_that_runs(model: Any) -> None:
+    made: list[MemoryConnector] = []
+    config = EngineConfig(block_tokens=4, num_pages=9, max_batch_tokens=32, max_sequences=3)
+    known, first, more = random_prompts((13, 8, 16))
+    with Engine(model, None, config, connector=connect(made, num_pages=9)) as engine:
+        engine.generate(known, SamplingParams(max_tokens=1, ignore_eos=True))
+        runs = engine.add(first, SamplingParams(max_tokens=20, ignore_eos=True))
+        engine.step()
+        engine.add([*known[:12], *more], SamplingParams(max_tokens=4, ignore_eos=True))
+        waited, ended = 0, []
+        for _ in range(100):  # without an end of its own it would not fail, but hang
+            outputs = engine.step()
+            waited += made[0].num_pinned > 5
+            ended += [output for output in outputs if output.stats is not None]
+        assert [(output.request == runs, output.stats and output.stats.preemptions) for output in ended] == [
+            (True, 0),
+            (False, 0),
+        ]
+    assert waited, "the second request never had pages pinned while it waited"

@@ -325,9 +325,9 @@ def _writes_unpinned(places: Places, below: Below, lease: Lease, lo: int, hi: in
 
 def _believes_all_ahead(
     places: Places, below: Below, lease: Lease, blocks: Sequence[int], views: Any, *, deadline: float
-) -> list[bool]:
+) -> tuple[list[bool], None]:
     below.tier.read([lease.keys(block, block + 1)[0] for block in blocks], views)
-    return [True] * len(blocks)
+    return [True] * len(blocks), None
 
 
 def _keeps_nothing(lease: Lease, real: Any = pins._kept_in_host) -> Lease:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import SimpleQueue
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tierkv.config import CPU_PAGES, Config, cache_folder
 from tierkv.errors import ConfigError
-from tierkv.keys import Namespace
+from tierkv.keys import Key, Namespace
 from tierkv.layout import Layout
 from tierkv.metrics import Metrics
 from tierkv.values import hide_password
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tierkv.cost import CostModel
     from tierkv.engine import Engine
     from tierkv.index import Index
+    from tierkv.lookups import Lookups
     from tierkv.mover import Clock, Mover
     from tierkv.store import Store
     from tierkv.tiers.disk import DiskTier
@@ -104,8 +105,14 @@ def open_store(
         sizes = {"device": num_pages, "host": num_host} | ({"disk": disk.num_slots} if disk else {})
         index = _index(config, layout, cost, sizes)
         _observe(metrics, index)
+        namespace = Namespace(model, layout, tenant=config.store.tenant)
+        root = namespace.root(config.secret())
+        for tier in filter(None, (disk, redis)):
+            tier.introduce(root, namespace)
+        lookups = _lookups(config, namespace, root, index, below, sizes, mover, metrics, disk)
+        opened.callback(lookups.close)
         store = Store(
-            root=Namespace(model, layout, tenant=config.store.tenant).root(config.secret()),
+            root=root,
             layout=layout,
             places=Places(index, pool, host, spares, metrics, cost, clock),
             below=below,
@@ -116,6 +123,7 @@ def open_store(
             piece=piece,
             layer_groups=transfer.layer_groups,
             spill_share=transfer.spill_share,
+            lookups=lookups,
         )
         store.recover()
         opened.pop_all()
@@ -220,15 +228,66 @@ def _index(config: Config, layout: Layout, cost: "CostModel", sizes: dict[str, i
     from tierkv.index import Index, TierSpec
     from tierkv.transfers import HOST
 
-    specs = []
-    for number, (name, capacity) in enumerate(sizes.items()):
-        after = number + 1 if number + 1 < len(sizes) else None
-        policy = policies.make(getattr(config, name).policy, tier=number, cost=cost, next_tier=after)
-        specs.append(TierSpec(name=name, capacity_blocks=capacity, placed=number <= HOST, policy=policy))
-    return Index(block_tokens=layout.block_tokens, tiers=specs)
+    names = [getattr(config, name).policy for name in sizes]
+    made, observer = policies.build(names, capacities=list(sizes.values()), cost=cost, objective=config.store.objective)
+    specs = [
+        TierSpec(name=name, capacity_blocks=capacity, placed=number <= HOST, policy=policy)
+        for number, ((name, capacity), policy) in enumerate(zip(sizes.items(), made, strict=True))
+    ]
+    history = config.store.history_blocks
+    if history is None:
+        history = policies.history_blocks(list(sizes.values()))
+    return Index(block_tokens=layout.block_tokens, tiers=specs, observer=observer, history_blocks=history)
+
+
+def _lookups(
+    config: Config,
+    namespace: Namespace,
+    root: Key,
+    index: "Index",
+    below: "Sequence[Below]",
+    sizes: dict[str, int],
+    mover: "Mover",
+    metrics: Metrics,
+    disk: "DiskTier | None",
+) -> "Lookups":
+    from tierkv.lookups import RECORD_LANE, Lookups, Sources
+    from tierkv.record import Recorder
+
+    recorder = None
+    if config.record.path:
+        recorder = Recorder(
+            config.record.path,
+            root=root,
+            layout=namespace.layout,
+            max_bytes=config.record.max_bytes,
+            metrics=metrics,
+            secret=config.secret(),
+            now=time.time,
+        )
+    shared = [tier for tier in below if tier.number is None]
+    sources = Sources(
+        explain=index.explain,
+        roots=index.roots,
+        tier_names=tuple(sizes),
+        fields=namespace.fields(),
+        namespaces=disk.namespaces() if disk else {},
+        down=lambda: next((tier.name for tier in shared if tier.breaker.open), None),
+    )
+    return Lookups(
+        root=root,
+        block_tokens=namespace.layout.block_tokens,
+        sources=sources,
+        capacities=sizes,
+        metrics=metrics,
+        submit=lambda job: mover.submit(RECORD_LANE, job, blocks=1) is not None,
+        recorder=recorder,
+        note=disk.note if disk else None,
+    )
 
 
 def _mover(config: Config, metrics: Metrics) -> "Mover":
+    from tierkv.lookups import MAX_WAITING, RECORD_LANE
     from tierkv.mover import AHEAD_LANE, LOAD_LANE, PROBE_LANE, SAVE_LANE, SUSPEND_LANE, LaneSpec, Mover
     from tierkv.store import MAX_LOAD_BLOCKS, MAX_PROBES
 
@@ -239,6 +298,7 @@ def _mover(config: Config, metrics: Metrics) -> "Mover":
         PROBE_LANE: LaneSpec(1, MAX_PROBES),
         SUSPEND_LANE: LaneSpec(1, MAX_LOAD_BLOCKS),
         AHEAD_LANE: LaneSpec(1, MAX_LOAD_BLOCKS),
+        RECORD_LANE: LaneSpec(1, MAX_WAITING),  # one thread: it keeps the order
     }
     for tier in ("disk", "redis"):  # a lane without work costs nothing: its threads start with its first job
         lanes[tier] = LaneSpec(transfer.save_threads, transfer.save_queue_blocks)

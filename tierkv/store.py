@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Final
@@ -18,10 +18,11 @@ from tierkv.ahead import Ahead, Expected, Found
 from tierkv.arrival import Arrival, layer_bounds
 from tierkv.edges import Edges
 from tierkv.errors import TierError
-from tierkv.hints import NO_HINTS, Ending, Hints, Next
+from tierkv.hints import NO_ENDING, NO_HINTS, Ending, Hints, Next
 from tierkv.index import Index, Lease
 from tierkv.keys import Key, chain
 from tierkv.layout import TOKEN_BYTES, Layout
+from tierkv.lookups import Lookup, Lookups
 from tierkv.metrics import Metrics
 from tierkv.mover import LOAD_LANE, PROBE_LANE, SUSPEND_LANE, Mover
 from tierkv.pins import Pin, Pins
@@ -44,6 +45,17 @@ PIN_SHARE: Final = 0.5
 
 
 @dataclass(slots=True)
+class Visit:
+    """A request from its first match to its end, whatever is pinned of it meanwhile.
+
+    use: what the index made of it.  lookup: what is noted of it; None for one that was forked from another.
+    """
+
+    use: Use | None = None
+    lookup: Lookup | None = None
+
+
+@dataclass(slots=True)
 class Match:
     """What the store holds of some tokens, pinned until `Store.release` or `Store.end`.
 
@@ -52,6 +64,7 @@ class Match:
     head_place: a host place that holds that head and belongs to the caller (a request that was suspended).
     dirty: blocks from here on were not offered to the tiers below yet.
     arrival: layers of its load that come after the first; None: all layers come together.
+    load: the last one, until its outcome is noted.
     """
 
     lease: Lease
@@ -63,6 +76,8 @@ class Match:
     head_place: int | None = None
     dirty: int = 0
     arrival: Arrival | None = None
+    load: Load | None = None
+    visit: Visit = field(default_factory=Visit)
 
     @property
     def num_blocks(self) -> int:
@@ -103,6 +118,7 @@ class Store:
         spill_share: float = 1.0,
         ahead_share: float = AHEAD_SHARE,
         pin_share: float = PIN_SHARE,
+        lookups: Lookups | None = None,
     ) -> None:
         self.root, self.layout, self.places, self.below, self.mover = root, layout, places, below, mover
         self._load_deadline_s, self._piece = load_deadline_s, piece
@@ -123,7 +139,7 @@ class Store:
         layer_bytes = layout.block_bytes // layout.num_layers
         self._spans = [(lo * layer_bytes, hi * layer_bytes) for lo, hi in pairwise(self._bounds)]
         self._by_groups = len(self._spans) > 1
-        self._sessions = Sessions()
+        self._sessions, self._lookups = Sessions(), lookups
         self._ahead = Ahead(
             root=root,
             block_bytes=self._block_bytes,
@@ -199,15 +215,18 @@ class Store:
 
     def take(self, search: Search, *, hints: Hints = NO_HINTS) -> Match:
         """Pin what was found; the search must be `ready`. What other requests computed meanwhile counts too."""
-        now_s = self.places.clock()
-        return self._match(search, self.index.acquire(self.root, search.tokens, now_s=now_s, hints=hints))
+        lease = self.index.acquire(self.root, search.tokens, now_s=self.places.clock(), hints=hints)
+        match = self._match(search, lease)
+        match.visit.use = lease.use
+        if self._lookups:
+            match.visit.lookup = self._lookups.begin(search.tokens, num_loadable=match.num_blocks, hints=hints)
+        return match
 
-    def take_again(self, search: Search, use: Use | None) -> Match:
-        """As `take`, for a request that was taken before and has been released meanwhile: it counts as used once.
-
-        use: of the first lease.
-        """
-        return self._match(search, self.index.keep(self.root, search.tokens, use=use))
+    def take_again(self, search: Search, visit: Visit) -> Match:
+        """As `take`, for a request that was taken before and has been released meanwhile: it counts as used once."""
+        match = self._match(search, self.index.keep(self.root, search.tokens, use=visit.use))
+        match.visit = visit
+        return match
 
     def _match(self, search: Search, lease: Lease) -> Match:
         match = Match(lease, leading(lease), lease.head.num_tokens if lease.head else 0, dirty=lease.num_blocks)
@@ -266,6 +285,7 @@ class Store:
             load.refuse()
         else:
             self._expiring.append(load)
+        match.load = load
         return load.done
 
     def _after_arrival(self, arrival: Arrival, _: "Future[None]") -> None:
@@ -283,9 +303,17 @@ class Store:
 
     def settle(self, match: Match) -> None:
         """After a load: keep only the pins of what lies on the device; the pages that were filled are saved like new ones."""
+        self._note_load(match)
         match.lease.shrink(match.shared)
         match.lease.shorten_pins(DEVICE)
         match.remote, match.dirty = (), match.shared
+
+    def _note_load(self, match: Match) -> None:
+        load, match.load = match.load, None
+        if load and load.done.done() and load.short and self._lookups and match.visit.lookup:
+            usable = match.num_blocks - load.short
+            why = load.why or Miss.FAILED
+            self._lookups.short(match.visit.lookup, load.short, why, lo=usable, tier=load.why_tier)
 
     def poll(self) -> None:
         """Answer loads that are late, end pins whose time is over, go on for those that wait. Call it once per step."""
@@ -356,15 +384,23 @@ class Store:
 
     def end(self, match: Match, ending: Ending) -> None:
         """The request is over: unpin, and say what is expected after it."""
-        lease = match.lease
+        self._note_load(match)
+        lease, use, lookup = match.lease, match.visit.use, match.visit.lookup
         self.index.end(lease, ending, now_s=self.places.clock())
-        session = lease.use.hints.session if lease.use else None
-        if lease.use and session is not None:
+        if use and use.hints.session is not None:
             if ending.next is Next.ENDED:
-                self._sessions.forget(session)
+                self._sessions.forget(use.hints.session)
             else:
-                self._sessions.remember(session, lease.tokens(0, lease.num_blocks), lease.use)
+                self._sessions.remember(use.hints.session, lease.tokens(0, lease.num_blocks), use)
+        if self._lookups and lookup:
+            whole = min(lookup.num_tokens // self.layout.block_tokens, lease.num_blocks)
+            self._lookups.end(lookup, ending, written=lease.tokens(whole, lease.num_blocks))
         self.release(match)
+
+    def give_up(self, visit: Visit) -> None:
+        """A request is over of which nothing is pinned: it was to be matched again."""
+        if self._lookups and visit.lookup:
+            self._lookups.end(visit.lookup, NO_ENDING)
 
     def follow(self, session: str, ending: Ending) -> None:
         """Say what comes after a session's last request, once that has been ended; unknown sessions are fine."""
@@ -435,6 +471,8 @@ class Store:
             last.callback(self.places.device.close)
             for below in self.below:
                 last.callback(below.tier.close)
+            if self._lookups:
+                last.callback(self._lookups.close)
             last.callback(self._refuse_loads)
             last.callback(self.mover.close)
             if not self.flush(CLOSE_TIMEOUT_S):

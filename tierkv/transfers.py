@@ -115,6 +115,8 @@ class Load:
     piece: blocks moved at a time; at most the size of a bundle of spares.
     arrival: not None lets blocks that the host holds come layer group by layer group; spans: bytes of a block, per group.
 
+    why, why_tier: what ended it before its last block.
+
     `done` resolves to (usable blocks, usable tokens of the head): when all have come, at the first failure, or in
     `expire`, whichever is first. The pages are not touched after that, even when a tier comes back late; but where there is
     an arrival, only the first group has come then, and the rest follows into the pages of usable blocks.
@@ -136,6 +138,8 @@ class Load:
     arrival: Arrival | None = None
     spans: Sequence[tuple[int, int]] = ()
     done: "Future[tuple[int, int]]" = field(default_factory=Future)
+    why: Miss | None = None
+    why_tier: str | None = None
     _gate: Gate = field(default_factory=Gate)
     _begun: list[tuple[Sequence[int], Sequence[int]]] = field(default_factory=list)
     _first_s: float = 0.0
@@ -146,6 +150,11 @@ class Load:
         self._blocks = self.first
         self._wanted = self.lease.num_blocks + len(self.remote)
 
+    @property
+    def short(self) -> int:
+        """Blocks that were to come and did not; meant for after the answer."""
+        return self._wanted - self._blocks
+
     def run(self) -> None:
         """Load, on a thread of the mover."""
         head = 0
@@ -153,6 +162,7 @@ class Load:
             if self._load_path() and self._load_remote() and self.head_tokens and self._load_head():
                 head = self.head_tokens
         except TierError:  # a copy to the device that the device refused
+            self._because(Miss.FAILED, "device")
             self.places.metrics.misses.add(self._wanted - self._blocks, "device", Miss.FAILED)
         finally:
             self._answer(head)
@@ -164,13 +174,19 @@ class Load:
     def expire(self, now: float) -> None:
         """Answer with what has come so far, if the deadline is past."""
         if now >= self.deadline and self._answer(0):
+            self._because(Miss.LATE)
             self.places.metrics.misses.add(self._wanted - self._blocks, "load", Miss.LATE)
 
     def refuse(self) -> None:
         """Answer that nothing comes: the mover has no room for this job."""
         if self._answer(0):
+            self._because(Miss.BUSY)
             self.places.metrics.misses.add(self._wanted - self._blocks, "load", Miss.BUSY)
         self.lease.release()
+
+    def _because(self, why: Miss, tier: str | None = None) -> None:
+        if self.why is None:  # whatever a job that goes on late finds out afterwards
+            self.why, self.why_tier = why, tier
 
     def _answer(self, head: int) -> bool:
         if not self._gate.shut():
@@ -215,6 +231,7 @@ class Load:
         try:
             places = self.lease.places(tier, lo, hi)
         except LookupError:  # found bad by another job, and dropped
+            self._because(Miss.ABSENT)
             return False
         device, host = self.places.device, self.places.host
         if tier == DEVICE:
@@ -268,13 +285,17 @@ class Load:
                 arrived = good > 0 and self._arrive(lo, lo + good, into, below.name)
             finally:
                 if copy:
-                    index.commit_copy(copy, [came[block - lo] for block in copy.blocks])
+                    why = self.why or Miss.FAILED
+                    index.commit_copy(copy, [came[block - lo] for block in copy.blocks], reason=why)
         if below.number is not None:
             self.places.cost.observe_fetch(below.number, good, self.places.clock() - start)
         return arrived and good == hi - lo
 
     def _read(self, below: Below, lo: int, hi: int, views: Sequence[memoryview]) -> list[bool]:
-        return _read_below(self.places, below, self.lease, range(lo, hi), views, deadline=self.deadline)
+        came, why = _read_below(self.places, below, self.lease, range(lo, hi), views, deadline=self.deadline)
+        if why:
+            self._because(why, below.name)
+        return came
 
     def _load_remote(self) -> bool:
         if not self.source or not self.remote:
@@ -345,11 +366,11 @@ def copy_up(places: Places, below: Below, lease: Lease, lo: int, hi: int, *, dea
     copy = places.index.begin_copy(lease, HOST, lo, hi)
     if copy is None:
         return 0
-    came = [False] * len(copy.blocks)
+    came, why = [False] * len(copy.blocks), None
     try:
-        came = _read_below(places, below, lease, copy.blocks, places.views(copy.places), deadline=deadline)
+        came, why = _read_below(places, below, lease, copy.blocks, places.views(copy.places), deadline=deadline)
     finally:
-        places.index.commit_copy(copy, came)
+        places.index.commit_copy(copy, came, reason=why or Miss.FAILED)
     places.metrics.blocks_prefetched.add(sum(came), below.name)
     if below.number is not None:
         places.cost.observe_fetch(below.number, sum(came), places.clock() - start)
@@ -358,23 +379,28 @@ def copy_up(places: Places, below: Below, lease: Lease, lo: int, hi: int, *, dea
 
 def _read_below(
     places: Places, below: Below, lease: Lease, blocks: Sequence[int], views: Sequence[memoryview], *, deadline: float
-) -> list[bool]:
-    """Read some of the lease's blocks. What a tier turns out to have no more, or to have broken, it and the index forget."""
+) -> tuple[list[bool], Miss | None]:
+    """Read some of the lease's blocks; which came, and why most others did not.
+
+    What a tier turns out to have no more, or to have broken, it and the index forget.
+    """
     left_s = deadline - places.clock()
     if left_s <= 0:
-        return [False] * len(blocks)
+        return [False] * len(blocks), Miss.LATE
     first = blocks[0]
     known = lease.keys(first, blocks[-1] + 1)
     keys = [known[block - first] for block in blocks]
     call = partial(below.tier.read, keys, views, deadline_s=left_s)
-    came = below.attempt(call, count=len(blocks), failures=places.metrics.misses)
+    with places.metrics.misses.tally() as counted:
+        came = below.attempt(call, count=len(blocks), failures=places.metrics.misses)
+    why = Miss(max(counted, key=lambda labels: counted[labels])[1]) if counted else None
     if came is None:
-        return [False] * len(blocks)
+        return [False] * len(blocks), why
     lost = [block for block, ok in zip(blocks, came, strict=True) if not ok]
     if lost and below.number is not None and places.clock() < deadline:
         below.forget([known[block - first] for block in lost])
-        places.index.drop(below.number, lease, lost)
-    return came
+        places.index.drop(below.number, lease, lost, reason=why or Miss.ABSENT)
+    return came, why
 
 
 def write_down(places: Places, below: Below, lease: Lease, lo: int, hi: int) -> None:

@@ -166,7 +166,6 @@ class Scheduler:
         self._running.remove(sequence)
         sequence.request.sources = None
         self._let_go(sequence)
-        self._connector.expect(sequence.id, _reusable(sequence))
         self.add(sequence)
 
     # -- in -----------------------------------------------------------------------------------------------------------
