@@ -126,7 +126,7 @@ def test_a_model_that_does_not_fit_is_a_row_and_the_other_parts_are_measured(mon
     monkeypatch.setattr(reuse, "identity", lambda *_, **__: lab.add("reached", 1, ""))
     device.run(lab, ["decode", "identity"], device.SMALL, lambda about: None)
     assert lab.rows[1] == {
-        "name": "Llama 3.2 1B, decode steps",
+        "name": "decode steps",
         "failure": "RuntimeError: CUDA out of memory",
         "wrong": False,
     }

@@ -13,21 +13,29 @@ from tierkv.tiers.device_cuda import open_cuda
 
 
 class Part(NamedTuple):
-    """What can be asked for by name. model: of an engine's part, what it does with a model; kernels: of another."""
+    """What can be asked for by name. about: for people.  run: adds rows; the shape is that of an engine's model."""
 
     about: str
-    kernels: Callable[[Lab], None] | None = None
-    model: Callable[[Lab, Any, Shape], object] | None = None  # Any: a transformers model
+    run: Callable[[Lab, Shape], object]
+
+
+def _plain(run: Callable[[Lab], object]) -> Callable[[Lab, Shape], object]:
+    return lambda lab, shape: run(lab)
+
+
+def _with_model(run: Callable[[Lab, Any, Shape], object]) -> Callable[[Lab, Shape], object]:
+    # Any: a transformers model, untyped here. It lives as long as its part.
+    return lambda lab, shape: run(lab, llama(lab, shape, torch.bfloat16), shape)
 
 
 PARTS: Final[dict[str, Part]] = {
-    "transfers": Part("transfers between host and device", kernels=transfers.run),
-    "attention": Part("attention", kernels=attention.run),
-    "moves": Part("pages, blocks and codes", kernels=moves.run),
-    "decode": Part("decode steps", model=steps.run_decode),
-    "prefix": Part("a prefix from host and disk", model=reuse.run_prefixes),
-    "store": Part("what a store costs an engine", model=steps.run_beside),
-    "identity": Part("what comes back from the tiers", kernels=reuse.run_identity),
+    "transfers": Part("transfers between host and device", _plain(transfers.run)),
+    "attention": Part("attention", _plain(attention.run)),
+    "moves": Part("pages, blocks and codes", _plain(moves.run)),
+    "decode": Part("decode steps", _with_model(steps.run_decode)),
+    "prefix": Part("a prefix from host and disk", _with_model(reuse.run_prefixes)),
+    "store": Part("what a store costs an engine", _with_model(steps.run_beside)),
+    "identity": Part("what comes back from the tiers", _plain(reuse.run_identity)),
 }
 SMALL: Final = LLAMA_1B
 FULL: Final = LLAMA_8B
@@ -75,8 +83,5 @@ def run(lab: Lab, names: Sequence[str], shape: Shape, begin: Callable[[str], Non
     shape = lab.pick(shape, TINY)
     for part in (PARTS[name] for name in names):
         begin(part.about)
-        if part.kernels:
-            part.kernels(lab)
-        if part.model:
-            with lab.attempt(f"{shape.name}, {part.about}"):
-                part.model(lab, llama(lab, shape, torch.bfloat16), shape)
+        with lab.attempt(part.about):
+            part.run(lab, shape)
