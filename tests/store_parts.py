@@ -50,11 +50,12 @@ class Parts:
         self.clock, self.metrics, self.steps = FakeClock(), Metrics(), StepExecutor()
         cost = CostModel(block_tokens=TINY.block_tokens, block_bytes=TINY.block_bytes)
         sizes = {"device": pages, "host": host, "memory": slots}
+        made, model = policies.build([policy] * 3, capacities=list(sizes.values()), cost=cost)
         specs = [
-            TierSpec(name, size, number <= HOST, policies.make(policy, tier=number, cost=cost, next_tier=None))
-            for number, (name, size) in enumerate(sizes.items())
+            TierSpec(name, size, number <= HOST, own)
+            for number, ((name, size), own) in enumerate(zip(sizes.items(), made, strict=True))
         ]
-        index = Index(block_tokens=TINY.block_tokens, tiers=specs, observer=observer, history_blocks=history)
+        index = Index(block_tokens=TINY.block_tokens, tiers=specs, observer=observer or model, history_blocks=history)
         pool = PagePool(layout=TINY, num_pages=pages, device=torch.device("cpu"))
         slab = HostSlab(num_places=host + PIECE, block_bytes=TINY.block_bytes)
         spares: SimpleQueue[list[int]] = SimpleQueue()
