@@ -107,8 +107,10 @@ def open_store(
         _observe(metrics, index)
         namespace = Namespace(model, layout, tenant=config.store.tenant)
         root = namespace.root(config.secret())
-        for tier in filter(None, (disk, redis)):
-            tier.introduce(root, namespace)
+        if disk:
+            disk.introduce(root, namespace)
+        if redis:
+            redis.introduce(root, namespace)
         lookups = _lookups(config, namespace, root, index, below, sizes, mover, metrics, disk)
         opened.callback(lookups.close)
         store = Store(
