@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from tierkv import __version__
 from tierkv.cli_options import AsJson, ConfigFile, Overrides, console, print_json, read_config
-from tierkv.config import Config, Loaded
+from tierkv.config import OBJECTIVES, Config, Loaded
 from tierkv.errors import ConfigError
 from tierkv.values import parse_size
 
@@ -47,6 +47,12 @@ def simulate(
         str | None,
         typer.Option(
             "--capacity", metavar="SIZES", help=f"Shares of the unique blocks, sizes, or blocks. Default: {CAPACITIES}"
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            "--objective", metavar="WHAT", help="What is kept most of, hits or seconds. Default: store.objective."
         ),
     ] = None,
     hints: Annotated[
@@ -117,6 +123,7 @@ def simulate(
         loaded,
         policy=policy,
         capacity=capacity,
+        objective=objective,
         hints=hints,
         tiers=tiers,
         load_factor=load_factor,
@@ -138,7 +145,14 @@ def simulate(
 
         draw(reports, plot)
     if html:
-        given = {"policy": policy, "capacity": capacity, "hints": hints, "tiers": tiers, "load-factor": load_factor}
+        given = {
+            "policy": policy,
+            "capacity": capacity,
+            "objective": objective,
+            "hints": hints,
+            "tiers": tiers,
+            "load-factor": load_factor,
+        }
         _write_page(html, reports, command=_command(traces, given))
     if not finished:
         raise typer.Exit(INTERRUPTED)
@@ -152,6 +166,7 @@ def _study(
     *,
     policy: str,
     capacity: str | None,
+    objective: str | None,
     hints: str,
     tiers: str | None,
     load_factor: str,
@@ -166,6 +181,8 @@ def _study(
     from tierkv.simulate.study import Study, parse_policies
 
     known(hints)
+    if objective is not None and objective not in OBJECTIVES:
+        raise ConfigError(f"--objective {objective!r}: expected one of {', '.join(OBJECTIVES)}")
     if model and block_bytes:
         raise ConfigError("--model and --block-bytes both say how large a block is: give one of them")
     if tiers is None and (load_factor != "1" or prefill_rate is not None or token_time is not None):
@@ -181,6 +198,7 @@ def _study(
         engine=_engine(loaded, prefill_rate=prefill_rate, token_time=token_time),
         load_factors=_factors(load_factor),
         seed=seed,
+        objective=objective or loaded.config.store.objective,
         hints=hints,
     )
 

@@ -19,7 +19,8 @@ TTFT_SHARES: Final = (0.5, 0.95, 0.99)
 class Report:
     """What is known of one trace. Cells and runs may be of any number: an interrupted simulation has fewer.
 
-    default: the policy that a store uses when its configuration names none.  hints: what was told of the requests.
+    default: the policy that a store uses when its configuration names none.  objective, hints: what policies
+    were to keep most of, and were told of the requests.
     """
 
     trace: str
@@ -28,6 +29,7 @@ class Report:
     block_refs: int
     unique_blocks: int
     default: str
+    objective: str = "hits"
     hints: str = "none"
     cells: list[Cell] = field(default_factory=list)
     timed: list[TimedRun] = field(default_factory=list)
@@ -73,6 +75,7 @@ def _document(report: Report) -> Json:
         "unique_blocks": report.unique_blocks,
         "block_tokens": report.block_tokens,
         "default_policy": report.default,
+        "objective": report.objective,
         "hints": report.hints,
         "cells": [asdict(cell) for cell in report.cells],
     }
@@ -113,7 +116,9 @@ def tables(report: Report) -> Iterator[Table | Text]:
     yield Text.assemble(
         (report.trace, "bold"),
         f": {report.requests:,} requests, {report.block_refs:,} block references, {report.unique_blocks:,} unique blocks "
-        f"of {report.block_tokens} tokens" + (f"; hints: {report.hints}" if report.hints != "none" else ""),
+        f"of {report.block_tokens} tokens",
+        f"; objective: {report.objective}" if report.objective != "hits" else "",
+        f"; hints: {report.hints}" if report.hints != "none" else "",
     )
     if report.cells:
         yield _rates(report, "block hits", "block_hit_rate")

@@ -31,7 +31,7 @@ class Study:
 
     token_bytes: KV of one token; block_bytes: of one block, if that is known instead.  capacities: of one tier; may be none.
     plans: a hierarchy to run in time, under each of the load factors; None: none.  hints: what is told of the requests,
-    as `known` reads it.
+    as `known` reads it.  objective: as in `replay`.
     """
 
     policies: tuple[str, ...]
@@ -42,6 +42,7 @@ class Study:
     engine: EnginePlan = EnginePlan()
     load_factors: tuple[float, ...] = (1.0,)
     seed: int = 0
+    objective: str = "hits"
     hints: str = "none"
 
     def tasks(self, trace: Trace) -> tuple[Report, list[Task]]:
@@ -66,6 +67,7 @@ class Study:
             block_refs=refs,
             unique_blocks=unique,
             default=default_policy(),
+            objective=self.objective,
             hints=self.hints,
         )
         return report, tasks
@@ -78,7 +80,15 @@ class Study:
                 yield from (partial(oracle.belady, blocks) for blocks in sizes)
             else:
                 unique, hints = oracle.num_unique, known(self.hints)
-                once = partial(replay, trace, policy=policy, unique_blocks=unique, cost=cost, hints=hints)
+                once = partial(
+                    replay,
+                    trace,
+                    policy=policy,
+                    unique_blocks=unique,
+                    cost=cost,
+                    objective=self.objective,
+                    hints=hints,
+                )
                 yield from (partial(once, capacity_blocks=blocks) for blocks in sizes)
 
     def _runs(self, trace: Trace, unique: int, block_bytes: int) -> Iterator[Task]:
@@ -96,6 +106,7 @@ class Study:
                     engine=self.engine,
                     load_factor=load_factor,
                     seed=self.seed,
+                    objective=self.objective,
                     hints=known(self.hints),
                 )
 

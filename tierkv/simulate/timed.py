@@ -22,13 +22,14 @@ def run_timed(
     engine: EnginePlan | None = None,
     load_factor: float = 1.0,
     seed: int = 0,
+    objective: str = "hits",
     hints: Known = NOTHING,
 ) -> TimedRun:
     """Let every request of a trace come in its time, to tiers that are empty at first; ends when the last is answered.
 
     policy: of every tier that has none of its own.  unique_blocks: of the trace, for capacities that are shares of it.
     block_bytes: KV of one of the trace's blocks.  load_factor: arrivals come so many times as fast.
-    seed: of what is random, the spread of arrivals inside a tick.
+    seed: of what is random, the spread of arrivals inside a tick.  objective: as in `replay`.
     """
     serving = prepare(
         plans=plans,
@@ -37,6 +38,7 @@ def run_timed(
         block_tokens=trace.block_tokens,
         block_bytes=block_bytes,
         engine=engine or EnginePlan(),
+        objective=objective,
         hints=hints,
     )
     for time_s, request in arrivals(trace, load_factor=load_factor, seed=seed):
@@ -56,12 +58,14 @@ def prepare(
     block_tokens: int,
     block_bytes: int,
     engine: EnginePlan,
+    objective: str = "hits",
     hints: Known = NOTHING,
 ) -> Serving:
     """Build a hierarchy with nothing in it; as `run_timed`."""
     cost = CostModel(block_tokens=block_tokens, block_bytes=block_bytes, num_tiers=len(plans))
     capacities = [plan.capacity.blocks(unique_blocks=unique_blocks, block_bytes=block_bytes) for plan in plans]
-    made, observer = policies.build([plan.policy or policy for plan in plans], capacities=capacities, cost=cost)
+    names = [plan.policy or policy for plan in plans]
+    made, observer = policies.build(names, capacities=capacities, cost=cost, objective=objective)
     specs = [
         TierSpec(plan.name, capacity, True, one) for plan, capacity, one in zip(plans, capacities, made, strict=True)
     ]
