@@ -68,8 +68,8 @@ def keep(tier: Any, tokens: bytes, namespace: Namespace = OURS, secret: bytes = 
 
 def ask(shell: Shell, tokens: bytes, *options: str) -> dict[str, Any]:
     Path("ids").write_text(json.dumps(array("i", tokens).tolist()))
-    block = "--set", f"store.block_tokens={STEP}"
-    report: dict[str, Any] = shell.json("explain", "--tokens", "ids", "--set", "disk.path=kv", *block, *options)
+    store = "--set", f"store.block_tokens={STEP}", "--set", "disk.policy=lru"
+    report: dict[str, Any] = shell.json("explain", "--tokens", "ids", "--set", "disk.path=kv", *store, *options)
     return report
 
 
@@ -90,7 +90,9 @@ def test_each_stretch_says_where_it_is_or_why_not_beside_its_owner(shell: Shell,
     assert report["stretches"][1]["tier"] == "disk" and report["stretches"][1]["policy"] == "lru"
     assert report["usable_tokens"] == 4 * STEP
     assert [one["end_token"] for one in report["stretches"]] == [4 * STEP, 7 * STEP, 12 * STEP, 12 * STEP + 3]
-    table = shell.ok("explain", "--tokens", "ids", "-s", "disk.path=kv", "-s", f"store.block_tokens={STEP}")
+    table = shell.ok(
+        "explain", "--tokens", "ids", "-s", "disk.path=kv", "-s", "disk.policy=lru", "-s", f"store.block_tokens={STEP}"
+    )
     assert "evicted from disk by lru, 0 s ago" in table
     assert f"{4 * STEP} of {12 * STEP + 3} tokens" in table
     assert sorted(path.name for path in tier.path.iterdir() if "manifest" not in path.name) == [

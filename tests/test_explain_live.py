@@ -36,7 +36,8 @@ class Served:
     ) -> None:
         sizes = {"device.capacity": pages * TINY.block_bytes, "host.capacity": host * TINY.block_bytes}
         tiers = {"disk.path": folder / "kv", "disk.capacity": capacity(slots, TINY)} if slots else {}
-        given = {"store.block_tokens": TINY.block_tokens, **sizes, **tiers, **options}
+        policies = dict.fromkeys(("device.policy", "host.policy", "disk.policy"), "lru")
+        given = {"store.block_tokens": TINY.block_tokens, **policies, **sizes, **tiers, **options}
         config = load("/dev/null", {}, [f"{name}={value}" for name, value in given.items()]).config
         self.clock = FakeClock(100.0)
         self.store: Store = open_store(config, layout=TINY, model="m", clock=self.clock)
@@ -110,7 +111,7 @@ def test_new_prompts_were_never_seen_and_known_ones_are_not_missed(served: Store
 
 
 def test_what_was_evicted_says_from_where_when_and_by_whom(served: Stores) -> None:
-    live = served(pages=8, host=8, **{"host.policy": "lru", "device.policy": "lru"})
+    live = served(pages=8, host=8)
     live.serve(prompt(6, 1))
     live.clock.advance(30)
     live.serve(prompt(6, 2))  # room for it is made of the first one's tail
