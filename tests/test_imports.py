@@ -95,7 +95,8 @@ def other_tier(use: Use) -> bool:
 
 
 INDEX = tuple(
-    f"tierkv.{part}" for part in ("index", "strands", "tree", "lease", "rooms", "wants", "fates", "recovery", "audit")
+    f"tierkv.{part}"
+    for part in ("index", "strands", "paths", "tree", "lease", "rooms", "wants", "fates", "recovery", "audit")
 )
 STORE = tuple(
     f"tierkv.{part}" for part in ("store", "transfers", "assembly", "edges", "ahead", "pins")

@@ -10,54 +10,26 @@
 Every public method takes the lock itself and does nothing slow inside: no I/O, no hashing. Whatever happens between two
 steps leaves a miss: a copy that is never committed is a block the tier does not hold. No clock but a count of uses; times
 are what callers tell.
-Structure: strands.py, tree.py; invariants: audit.py; figures: bench/bench_index.py.
+Structure: strands.py, paths.py, tree.py; invariants: audit.py; figures: bench/bench_index.py.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from threading import Lock
 
 from tierkv import audit, fates
 from tierkv.fates import Known
 from tierkv.hints import NO_HINTS, Ending, Hints
 from tierkv.keys import Key, chain
-from tierkv.lease import MAX_TIERS, Copy, Head, Lease, Match, Reservation, ranges
+from tierkv.lease import MAX_TIERS, Copy, Head, Lease, Match, Reservation, outcomes, ranges
 from tierkv.policies.base import Observer, Use
 from tierkv.recovery import Recovery
-from tierkv.rooms import Room, TierSpec
+from tierkv.rooms import IndexStats, Room, TierSpec, TierStats
 from tierkv.strands import Strand
 from tierkv.tiers.base import Run
 from tierkv.tree import Tree
 from tierkv.wants import Want
 
 __all__ = ["Copy", "Head", "Index", "IndexStats", "Lease", "Match", "Reservation", "TierSpec", "TierStats", "Want"]
-
-
-@dataclass(frozen=True, slots=True)
-class TierStats:
-    """Blocks of one tier. used: held and reserved.  available: at least this many could be reserved now.
-
-    evicted: forgotten for room since the start; lost: those of them that no other tier held.
-    """
-
-    name: str
-    capacity: int
-    used: int
-    held: int
-    available: int
-    evicted: int
-    lost: int
-
-
-@dataclass(frozen=True, slots=True)
-class IndexStats:
-    """Size of the index; num_blocks includes those that no tier holds, num_past those that are history."""
-
-    tiers: tuple[TierStats, ...]
-    num_strands: int
-    num_blocks: int
-    num_leases: int
-    num_past: int
 
 
 class Index:
@@ -240,7 +212,7 @@ class Index:
             lease._move(strand, end, tiers)
             if known < count and tree.waiting:
                 tree.arrived(last, last_end, tokens[known * tree.block_bytes : (known + 1) * tree.block_bytes])
-            return [False] * count if tier is None else self._fill(tier, segments, start, count, places)
+            return [False] * count if tier is None else tree.fill(tier, segments, places, start=start, count=count)
 
     def end(self, lease: Lease, ending: Ending, *, now_s: float) -> None:
         """Tell that the lease's request is over, and what is expected after it. The lease stays until its release."""
@@ -250,18 +222,6 @@ class Index:
             if tree.observer and lease.use:
                 path = [(strand, hi) for strand, _, hi in lease._segments(0, lease.num_blocks)]
                 tree.observer.end(path, lease.use, ending, tree.now_s)
-
-    def _fill(
-        self, tier: int, segments: list[tuple[Strand, int, int]], start: int, count: int, places: Sequence[int] | None
-    ) -> list[bool]:
-        taken = [False] * count
-        for strand, lo, hi in segments:
-            offset = strand.depth - start
-            holding = strand.holdings[tier]
-            for a, b in list(holding.absent(lo, hi)) if holding else ((lo, hi),):
-                self._tree.hold(strand, a, b, tier, places[offset + a : offset + b] if places is not None else ())
-                taken[offset + a : offset + b] = [True] * (b - a)
-        return taken
 
     # -- room ------------------------------------------------------------------------------------------------------
 
@@ -359,7 +319,7 @@ class Index:
             copy.done = True
             at = 0
             for strand, lo, hi in copy.segments:
-                for a, b, good in _same(ok[at : at + hi - lo], lo):
+                for a, b, good in outcomes(ok[at : at + hi - lo], lo):
                     places = copy.places[at + a - lo : at + b - lo]
                     if good:
                         tree.hold(strand, a, b, tier, places)
@@ -540,12 +500,3 @@ def _root(strand: Strand) -> Key:
     while strand.parent:
         strand = strand.parent
     return Key(bytes(strand.keys))
-
-
-def _same(ok: Sequence[bool], start: int) -> Iterable[tuple[int, int, bool]]:
-    """Runs of equal results, numbered from `start`."""
-    lo = 0
-    for at in range(1, len(ok) + 1):
-        if at == len(ok) or ok[at] != ok[lo]:
-            yield start + lo, start + at, ok[lo]
-            lo = at

@@ -376,3 +376,12 @@ def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 def ranges(blocks: Iterable[int]) -> list[tuple[int, int]]:
     """Block numbers as ranges."""
     return _joined([(block, block + 1) for block in sorted(set(blocks))])
+
+
+def outcomes(ok: Sequence[bool], start: int) -> Iterable[tuple[int, int, bool]]:
+    """Runs of equal results, numbered from `start`."""
+    lo = 0
+    for at in range(1, len(ok) + 1):
+        if at == len(ok) or ok[at] != ok[lo]:
+            yield start + lo, start + at, ok[lo]
+            lo = at

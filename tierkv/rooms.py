@@ -24,6 +24,33 @@ class TierSpec:
     policy: Policy
 
 
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """Blocks of one tier. used: held and reserved.  available: at least this many could be reserved now.
+
+    evicted: forgotten for room since the start; lost: those of them that no other tier held.
+    """
+
+    name: str
+    capacity: int
+    used: int
+    held: int
+    available: int
+    evicted: int
+    lost: int
+
+
+@dataclass(frozen=True, slots=True)
+class IndexStats:
+    """Size of the index; num_blocks includes those that no tier holds, num_past those that are history."""
+
+    tiers: tuple[TierStats, ...]
+    num_strands: int
+    num_blocks: int
+    num_leases: int
+    num_past: int
+
+
 class Room:
     """The places of one tier and who has them: free, taken (reserved, pending) or filled (held)."""
 

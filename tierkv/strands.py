@@ -230,7 +230,7 @@ class Strand:
     """Consecutive blocks of one path. The root of a namespace is a strand without blocks whose one key is the root.
 
     keys: of the leading blocks that were hashed so far.  again: leading blocks that were used at least twice.  past: last
-    blocks that nothing needs any more (see tree.py): known as history only.
+    blocks that nothing needs any more (see paths.py): known as history only.
     holds: block offset -> number of leases and wants whose path ends there: keeps blocks in the tree, in no tier.
     wants: number of a want -> how many leading blocks it covers (see wants.py).  fates: how ranges of blocks left tiers,
     the latest last (see fates.py).
