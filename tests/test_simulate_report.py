@@ -243,6 +243,14 @@ def test_every_figure_is_sound_svg_with_a_curve_per_policy(report: Report) -> No
     assert curves == [4, 4, 1]
 
 
+def test_loads_are_told_apart_by_their_dashes(report: Report) -> None:
+    report.timed = [timed("lru"), timed("lru", 2.0)]
+    keys = re.findall(r'<li><svg class="([^"]*)"[^>]*>.*?</svg>([^<]*)</li>', rendered(report))
+    styles = {name: css for css, name in keys if "load" in name}
+    assert set(styles) == {"lru, load x1", "lru, load x2"}
+    assert styles["lru, load x1"] != styles["lru, load x2"]
+
+
 def test_points_lie_where_their_values_are(report: Report) -> None:
     (first, _) = re.findall(r"<figure>.*?(<svg.*?</svg>)", rendered(report))
     places = {

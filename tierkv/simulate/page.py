@@ -9,10 +9,11 @@ from rich.text import Text
 
 from tierkv.simulate.cells import BELADY, UNBOUNDED
 from tierkv.simulate.hierarchy import TimedRun
-from tierkv.simulate.report import BOUNDS, Report, show_seconds, show_share, tables
+from tierkv.simulate.report import BOUNDS, Report, show_share, tables
 from tierkv.simulate.svg import MARKS, Axis, Line, chart, mark, steps
 
 NUM_COLOURS: Final = 8
+NUM_DASHES: Final = 4
 TTFT_POINTS: Final = 120
 _STYLE: Final = """
 :root{--paper:#fff;--ink:#1b1f24;--soft:#5c6570;--rule:#d9dee4;--panel:#f6f8fa;
@@ -22,15 +23,17 @@ _STYLE: Final = """
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1200px;padding:16px;background:var(--paper);color:var(--ink);font:15px/1.45 system-ui,sans-serif}
 h1{font-size:22px;margin:8px 0 4px}h2{font-size:18px;margin:28px 0 2px}h3{font-size:14px;margin:0 0 6px}
-p{margin:4px 0 12px;color:var(--soft)}
+p{margin:4px 0 12px;color:var(--soft)}code{overflow-wrap:anywhere}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:16px}
 figure{margin:0;padding:12px;background:var(--panel);border:1px solid var(--rule);border-radius:8px;min-width:0}
 svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font-size:11px}
 .grid{stroke:var(--rule)}.axis,.tick{stroke:var(--soft)}
 polyline{fill:none;stroke-width:1.8;stroke:currentColor}circle,polygon{fill:currentColor}
+.load1 polyline{stroke-dasharray:7 3}.load2 polyline{stroke-dasharray:2 3}.load3 polyline{stroke-dasharray:9 3 2 3}
 .bound{color:var(--bound)}.bound polyline{stroke-dasharray:5 4}.main polyline{stroke-width:3.2}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;margin:8px 0 0;padding:0;list-style:none;font-size:13px}
 .legend svg{display:inline-block;width:22px;height:10px;margin-right:5px;vertical-align:middle}
+@media(max-width:520px){svg text{font-size:13.5px}}
 .wide{overflow-x:auto;margin:14px 0}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
 caption{text-align:left;font-weight:600;padding:4px 0}
@@ -101,19 +104,27 @@ def _latency(report: Report) -> str:
     runs = [run for run in report.timed if run.ttft_s]
     styles = _styles(report, [run.policy for run in runs])
     loads = sorted({run.load_factor for run in runs})
-    lines = [_distribution(run, styles[run.policy][0], several=len(loads) > 1) for run in runs]
+    lines = [_distribution(run, styles[run.policy][0], loads) for run in runs]
     times = [seconds for line in lines for seconds, _ in line.points]
     low, high = max(min(times), 1e-3), max(times)
     ticks = [10.0**power for power in range(-3, 6) if low <= 10.0**power <= high] or [low]
-    x = Axis("time to first token", low, max(high, low * 1.01), ticks, show_seconds, is_log=True)
+    x = Axis("time to first token", low, max(high, low * 1.01), ticks, _show_tick, is_log=True)
     y = Axis("share of requests", 0, 1, (0, 0.25, 0.5, 0.75, 1), show_share)
     return _framed("Time to first token: share of requests answered by then", lines, chart("TTFT", lines, x=x, y=y))
 
 
-def _distribution(run: TimedRun, css: str, *, several: bool) -> Line:
+def _distribution(run: TimedRun, css: str, loads: Sequence[float]) -> Line:
     shares = [number / TTFT_POINTS for number in range(1, TTFT_POINTS + 1)]
-    name = f"{run.policy}, load x{run.load_factor:g}" if several else run.policy
-    return Line(name, [(run.ttft(share), share) for share in shares], css)
+    points = [(run.ttft(share), share) for share in shares]
+    if len(loads) == 1:
+        return Line(run.policy, points, css)
+    return Line(
+        f"{run.policy}, load x{run.load_factor:g}", points, f"{css} load{loads.index(run.load_factor) % NUM_DASHES}"
+    )
+
+
+def _show_tick(seconds: float) -> str:
+    return f"{seconds * 1e3:g} ms" if seconds < 1 else f"{seconds:g} s"
 
 
 def _framed(title: str, lines: Sequence[Line], picture: str) -> str:
