@@ -3,6 +3,7 @@
 from collections.abc import Collection, Container, Sequence
 from random import Random
 
+import numpy as np
 import pytest
 
 from tierkv.cost import CostModel
@@ -15,6 +16,7 @@ from tierkv.policies.fifo import FifoPolicy
 from tierkv.policies.gdsf import GdsfPolicy
 from tierkv.policies.slru import SlruPolicy
 from tierkv.testing import PolicyContract
+from tierkv.testing.contracts import PROMPTS
 
 COST = CostModel(block_tokens=512, block_bytes=512 * 131072)
 
@@ -187,6 +189,21 @@ class TestSlru(PolicyContract):
             assert policy.num_held == len(used) and policy.num_protected == len(protected)
         assert (demotions > 20) == (share < 1)
 
+    def test_what_is_lost_is_not_counted(self) -> None:
+        index = self.fill([[9], [7, 8], [1, 2], [1, 2, 3, 4], [5, 6]])
+        policy = self.policy(index)
+        assert isinstance(policy, SlruPolicy)
+        lose(index, [1, 2, 3, 4], [3])
+        assert (policy.num_held, policy.num_protected) == (8, 2)
+        lose(index, [1, 2, 3], [1, 2])
+        assert (policy.num_held, policy.num_protected) == (6, 1)
+        lose(index, [1], [0])
+        lose(index, [5, 6], [0, 1])
+        assert (policy.num_held, policy.num_protected) == (3, 0)
+        self.save(index, [5, 6])
+        assert policy.num_held == 5
+        assert index.evict(0).evicted == 5 and not policy._protected.pop()
+
     def test_used_again_outlives_a_scan_of_what_is_used_once(self) -> None:
         index = self.fill(
             [*([9, at] for at in range(20)), [1, 2], [1, 2], *([9, at] for at in range(100))], capacity=10
@@ -251,6 +268,22 @@ class TestArc(PolicyContract):
         index = self.fill([[at, at + 1] for at in range(100) for _ in "ab"], capacity=10, history_blocks=10)
         assert self.arc(index).again_gone.num_blocks == 10
 
+    def test_list_gives_no_more_than_it_has_too_many(self) -> None:
+        index = self.fill([[5, 6], [5, 6], [1, 2, 3, 4]], capacity=10)
+        arc = self.arc(index)
+        arc.target = 2.5
+        assert index.evict(0, 3).evicted == 3
+        assert self.holds(index, [1, 2, 3, 4]) == 2 and self.holds(index, [5, 6]) == 1
+
+    def test_what_is_lost_is_not_counted(self) -> None:
+        index = self.fill([[1, 2], [1, 2, 3, 4], [5, 6]])
+        arc = self.arc(index)
+        lose(index, [1, 2, 3, 4], [3])
+        assert (arc.num_once, arc.num_again) == (3, 2)
+        lose(index, [5, 6], [0, 1])
+        assert (arc.num_once, arc.num_again) == (1, 2)
+        assert not arc.once_gone.num_blocks
+
     def test_tail_used_once_goes_before_its_beginning_that_was_used_again(self) -> None:
         index = self.fill([[1, 2, 3, 4], [1, 2], [7], [7]])
         index.evict(0, 2)
@@ -262,6 +295,12 @@ def request(random: Random, held: Container[tuple[int, ...]]) -> tuple[list[int]
     prompt = [random.randrange(3) for _ in range(random.randrange(1, 9))]
     path = [tuple(prompt[: at + 1]) for at in range(len(prompt))]
     return prompt, path, next((at for at, block in enumerate(path) if block not in held), len(path))
+
+
+def lose(index: Index, prompt: Sequence[int], blocks: Sequence[int]) -> None:
+    """Let the tier forget some blocks of a prompt otherwise than by its policy."""
+    with index.keep(PROMPTS, np.array(prompt, "<i4").tobytes()) as lease:
+        index.drop(0, lease, blocks)
 
 
 def leaves_of(held: Collection[tuple[int, ...]]) -> list[tuple[int, ...]]:

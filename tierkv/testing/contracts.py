@@ -280,13 +280,29 @@ class PolicyContract:
             held = index.stats().tiers[tier].held
             assert index.evict(tier).evicted == held > 10
 
+    def test_what_was_used_in_a_faster_tier_can_still_be_forgotten(self, prompts: list[list[int]]) -> None:
+        index = self.index(500, 500)
+        for prompt in prompts:
+            self.save(index, prompt)
+        for lease in index.spill(0, 1, 500):
+            if copy := index.begin_copy(lease, 1, lease.lo, lease.num_blocks):
+                index.commit_copy(copy, [True] * len(copy.blocks))
+            lease.release()
+        for prompt in prompts:
+            self.save(index, prompt)
+        held = index.stats().tiers[1].held
+        assert index.evict(1).evicted == held > 50
+
     @pytest.mark.parametrize("history_blocks", [0, 200])
     def test_memory_is_bounded_by_what_the_tier_holds(self, history_blocks: int) -> None:
-        """However many requests there were: those that need room, and those that find everything."""
+        """However many requests there were: those that need room, those that find everything, and losses."""
         index = self.fill([], capacity=50, history_blocks=history_blocks)
         policy, most = self.policy(index), [0, 0]
         for at in range(1200):
             self.save(index, [at % 5, at, at % 3] if at // 200 % 2 else [at % 4, at % 9, at % 2])
+            if at % 7 == 0:
+                with index.keep(PROMPTS, np.array([at % 5, at], "<i4").tobytes()) as lease:
+                    index.drop(0, lease, [1])
             if at % 40 == 0:
                 most[at >= 500] = max(most[at >= 500], _num_objects(policy))
         assert most[1] <= 1.5 * most[0] and most[1] < 100 * (50 + history_blocks)
