@@ -10,7 +10,7 @@ import torch
 
 from tierkv.cli import main
 from tierkv.errors import ConfigError
-from tierkv.measure import device, reuse, transfers
+from tierkv.measure import device, reuse, steps, transfers
 from tierkv.measure.lab import Lab
 from tierkv.measure.serving import TINY, Shape, llama
 from tierkv.tiers.device import PagePool
@@ -104,6 +104,21 @@ def test_kv_that_comes_back_changed_is_no_figure(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ArithmeticError):
         reuse.identity(lab, None)
     assert lab.rows == []
+
+
+def test_prompts_that_begin_alike_by_chance_are_new_and_those_that_are_known_are_no_figure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lab = Lab(rehearsing=True)
+    model = llama(lab, TINY, torch.bfloat16)
+    draw = steps.prompts
+    monkeypatch.setattr(steps, "prompts", lambda *sizes: [[5, *prompt[1:]] for prompt in draw(*sizes)])
+    steps.no_reuse(lab, model, TINY)
+    assert len(lab.rows) == 1
+    given = draw(TINY, 2, 20)
+    monkeypatch.setattr(steps, "prompts", lambda *sizes: given)
+    with pytest.raises(RuntimeError, match="prompts should have been computed, and came from"):
+        steps.no_reuse(lab, model, TINY)
 
 
 def test_a_prefix_that_came_from_elsewhere_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
