@@ -133,6 +133,14 @@ class TestFifo(PolicyContract):
             self.save(index, prompt)
             assert index.stats().tiers[0].held == len(came)
 
+    def test_what_was_lost_and_comes_back_is_new(self) -> None:
+        index = self.fill([[1, 2, 3]])
+        lose(index, [1, 2, 3], [2])
+        self.save(index, [8])
+        self.save(index, [1, 2, 3])
+        index.evict(0, 1)
+        assert self.holds(index, [1, 2, 3]) == 3 and self.holds(index, [8]) == 0
+
     def test_hits_keep_nothing(self) -> None:
         index = self.fill([[1, 2], [3, 4], [1, 2], [1, 2, 5]])
         index.evict(0, 1)
