@@ -156,7 +156,7 @@ def test_observer_hears_what_the_engine_tells_and_no_more(hints: str, session: H
     made = Spool(name="made", block_tokens=16)
     for each in (CALLS, Request(1.0, b"", 3, 1), LAST):
         made.add(each)
-    drive(made, index(10, heard := Heard()), hints=known(hints), tell_ends=True)
+    drive(made, index(10, heard := Heard()), hints=known(hints), learns=True)
     assert [(each.now_s, each.num_blocks, each.num_held, each.hints) for each in heard.uses] == [
         (0.5, 2, 0, session),
         (2.0, 3, 2, session),

@@ -109,22 +109,22 @@ def drive(trace: Iterable[Request], index: Index, *, hints: Known = NOTHING, lea
                 queue.served()
             found, asked = lease.num_blocks, len(blocks) // ID_BYTES
             if learns:
-                _let_in(index, lease, blocks[found * ID_BYTES :])
+                index.extend(lease, blocks[found * ID_BYTES :])
+                _let_in(index, lease, found)
             elif found < asked and (room := index.reserve(0, asked - found, at_least=1)):
                 fresh = blocks[found * ID_BYTES : (found + room.count) * ID_BYTES]
                 index.extend(lease, fresh, tier=0, places=room.places)
             if learns:
                 index.end(lease, told(request, hints), now_s=request.time_s)
+                _let_in(index, lease, found)  # as a store does: more is known of it now
             lease.release()
             tally.add(found, asked, request.input_tokens)
     return tally
 
 
-def _let_in(index: Index, lease: Lease, fresh: bytes) -> None:
-    """Let blocks follow the lease's path, and into the first tier as far as that wants them."""
-    found = lease.num_blocks
-    index.extend(lease, fresh)
-    copy = index.begin_copy(lease, 0, found, lease.num_blocks)
+def _let_in(index: Index, lease: Lease, found: int) -> None:
+    """Let the lease's blocks from `found` on into the first tier, as far as that wants them."""
+    copy = index.begin_copy(lease, 0, found, lease.num_blocks) if found < lease.num_blocks else None
     if copy:
         index.commit_copy(copy, [True] * len(copy.blocks))
 
