@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.traces import COST, ids
@@ -340,6 +340,9 @@ DOWN = st.sampled_from(["save", "second_use", "spill"])
     st.sampled_from([0.001, 0.02, 1.0]),
     st.sampled_from([0.01, 1e6]),
     st.sampled_from([NOTHING, Known(session=True, tool=True, queue_s=5.0)]),
+)
+@example(  # the last one waits while a block that it found in the host comes to the device, for another
+    [[1, 1, 0], [0], [0], [0, 0, 0], [1, 1, 0], [1, 1, 0, 0, 0, 0]], 8, 3, 1, ("save",) * 3, 0.001, 0.01, NOTHING
 )
 def test_every_request_is_answered_and_every_place_given_back(
     given_: list[list[int]],

@@ -132,15 +132,25 @@ class Serving:
             self._expect_no_more(visit)
             hints = visit.request.hints if self._hints.session else NO_HINTS
             visit.lease = self.index.acquire(ROOT, visit.request.blocks, now_s=self.timeline.now_s, hints=hints)
-            visit.sources = visit.held.sources()
-            visit.shared = next((hi for tier, _, hi in visit.sources[:1] if tier == DEVICE), 0)
+            self._seek(visit)
             self._moves.copy_second_use(visit.lease)
         reservation = self.index.reserve(DEVICE, visit.pages - visit.shared)
+        if reservation is None and not (self._num_placed or self._moves.num_copies or self._bringing):
+            # Nobody will give pages back. Blocks that it found elsewhere have come to the device since, where its pin keeps
+            # them and it does not know them as shared: it looks again.
+            old, visit.lease = visit.lease, self.index.keep(ROOT, visit.request.blocks, use=visit.lease.use)
+            old.release()
+            self._seek(visit)
+            reservation = self.index.reserve(DEVICE, visit.pages - visit.shared)
         if reservation is None:
             return False
         self._moves.copy_ahead(visit.pages)
         visit.places = list(reservation.places)
         return True
+
+    def _seek(self, visit: Visit) -> None:
+        visit.sources = visit.held.sources()
+        visit.shared = next((hi for tier, _, hi in visit.sources[:1] if tier == DEVICE), 0)
 
     def _unpinned(self) -> None:
         """A copy keeps nothing any more: see who has room now. Not at once, for it may end inside of `_place`."""
