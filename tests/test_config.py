@@ -187,7 +187,7 @@ def test_what_is_no_size_is_refused(given: object) -> None:
         ("[host]\ncapacity = -5", ["host.capacity = -5"]),
         ("[host]\ncapacity = 1979-05-27", ["1979-05-27"]),
         ('[host]\ncapacity = "2 Gigs"', ['"2 Gigs"', '"2GB"']),
-        ('[host]\npolicy = "mru"', ['"mru"', "one of lru, lfu, cost"]),
+        ('[host]\npolicy = "mru"', ['"mru"', "one of adaptive, cost, lru"]),
         ('[disk]\ncopy_down = "never"', ["one of save, second_use, spill"]),
         ('[redis]\ncodec = "zstd"', ["one of raw, lz4"]),
         ('[device]\nkind = "rocm"', ["one of auto, cpu, cuda"]),

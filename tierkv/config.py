@@ -38,7 +38,7 @@ from tierkv.values import (
 )
 
 DEFAULT_FILE: Final = "tierkv.toml"
-POLICIES: Final = ("lru", "lfu", "cost")
+POLICIES: Final = ("adaptive", "cost", "lru", "lfu", "fifo", "slru", "arc", "gdsf")
 OBJECTIVES: Final = ("hits", "seconds")
 COPY_DOWNS: Final = ("save", "second_use", "spill")
 CODECS: Final = ("raw", "lz4")
@@ -73,10 +73,12 @@ class StoreConfig(_Section):
     tenant: Annotated[str, TEXT, "only equal tenants share KV"] = ""
     secret_file: Annotated[Path | None, optional(PATH), "file whose bytes make keys unguessable to other stores"] = None
     objective: Annotated[
-        str, choice(*OBJECTIVES), "what policies that learn keep most of: block hits, or seconds of prefill saved"
+        str, choice(*OBJECTIVES), "what adaptive keeps most of: block hits, or seconds of prefill saved"
     ] = "hits"
     history_blocks: Annotated[
-        int | None, optional(integer(0)), "forgotten blocks that are remembered by name; off: as many as all tiers hold"
+        int | None,
+        optional(integer(0)),
+        "forgotten blocks that are remembered by name; off: 262,144, or twice what all tiers hold if that is more",
     ] = None
 
 
@@ -91,7 +93,7 @@ class DeviceConfig(_Section):
     gpu_memory_utilization: Annotated[
         float, FRACTION, "part of a GPU's memory that all on it may use, when capacity is off"
     ] = 0.9
-    policy: Annotated[str, choice(*POLICIES), "what to forget first"] = "lru"
+    policy: Annotated[str, choice(*POLICIES), "what to forget first"] = "adaptive"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +101,7 @@ class HostConfig(_Section):
     """The slab of host memory that every transfer goes through."""
 
     capacity: Annotated[Bytes, SIZE, "bytes of the slab"] = 1024**3
-    policy: Annotated[str, choice(*POLICIES), "what to forget first"] = "lru"
+    policy: Annotated[str, choice(*POLICIES), "what to forget first"] = "adaptive"
     copy_down: Annotated[str, choice(*COPY_DOWNS), "when blocks come here from the device"] = "save"
 
 
@@ -109,7 +111,7 @@ class DiskConfig(_Section):
 
     path: Annotated[Path | None, optional(PATH), "folder of the store; off: no disk tier"] = None
     capacity: Annotated[Bytes, SIZE, "bytes of the folder at most, all files"] = 10 * 1024**3
-    policy: Annotated[str, choice(*POLICIES), "what to forget first"] = "lru"
+    policy: Annotated[str, choice(*POLICIES), "what to forget first"] = "adaptive"
     copy_down: Annotated[str, choice(*COPY_DOWNS), "when blocks come here from the host"] = "save"
 
 

@@ -10,9 +10,9 @@ from tierkv.policies.reuse import ReuseModel, Run
 
 MEMORY: Final = 0.999
 """Weight that the hits so far keep at the next request: about a thousand requests count."""
-LOST: Final = 0.02
+LOST: Final = 0.05
 """LRU is followed when it is ahead by this share of its own misses: near the bound a little is much."""
-PROBATION: Final = 500
+PROBATION: Final = 300
 """Requests that LRU is followed for before the policy tries again."""
 
 _EVERY: Final = -1
@@ -26,7 +26,7 @@ class _Entry(NamedTuple):
 
     serial: int
     depth: int
-    count: int
+    number: int
     strand: Leaf
     run: Run | None
     kind: int

@@ -95,8 +95,9 @@ class Hazards:
             return
         cells = kinds * NUM_AGES + np.searchsorted(EDGES_S, ages_s, "right") - 1
         size = count * NUM_AGES
-        waiting = np.bincount(cells, blocks, size)
-        partial = np.bincount(cells, blocks * (ages_s - np.array(EDGES_S)[cells % NUM_AGES]), size)
+        waiting: Table = np.asarray(np.bincount(cells, blocks, size), dtype=np.float64)
+        begun_s = np.array(EDGES_S)[cells % NUM_AGES]
+        partial: Table = np.asarray(np.bincount(cells, blocks * (ages_s - begun_s), size), dtype=np.float64)
         events = np.array(self._events).reshape(count, NUM_AGES)
         exposure = _exposure(
             (np.array(self._ended) + waiting).reshape(count, NUM_AGES),
@@ -144,7 +145,7 @@ def _exposure(ended: Table, partial: Table) -> Table:
     """Seconds spent in each age, from where waits ended: those that ended later went through all of it."""
     passed = np.zeros_like(ended)
     passed[:, :-1] = ended[:, :0:-1].cumsum(1)[:, ::-1]
-    return partial + passed * _WIDTH
+    return np.asarray(partial + passed * _WIDTH, dtype=np.float64)
 
 
 def _shape(events: Table, exposure: Table) -> Table:
