@@ -125,6 +125,8 @@ def open_store(
             piece=piece,
             layer_groups=transfer.layer_groups,
             spill_share=transfer.spill_share,
+            ahead_share=transfer.ahead_share,
+            pin_share=transfer.pin_share,
             lookups=lookups,
         )
         store.recover()

@@ -149,6 +149,8 @@ class TransferConfig(_Section):
     spill_share: Annotated[
         float, FRACTION, "part of the time that spills may use the link while the engine decodes"
     ] = 0.5
+    ahead_share: Annotated[float, FRACTION, "part of the host that may be filled ahead for requests that wait"] = 0.25
+    pin_share: Annotated[float, FRACTION, "part of the host that may be pinned for a time"] = 0.5
     layer_groups: Annotated[int, integer(1), "parts of a load that arrive one by one, first layers first"] = 1
     down_after: Annotated[int, integer(1), "failures in a row that take a tier out of use for a while"] = 3
     down_s: Annotated[Seconds, SECONDS, "seconds a tier that failed is left alone"] = 5.0

@@ -48,6 +48,13 @@ class Edges:
         if self._host_copy_down == "save":
             self._queue_host(lease, lo, hi)
 
+    def copy_refused(self, lease: Lease, hi: int) -> None:
+        """More is known of a request at its end: let a full host look again at those of its blocks [0, hi) it did not take."""
+        missing = [(lo, min(end, hi)) for lo, end in lease.missing(HOST) if lo < hi]
+        if sum(end - lo for lo, end in missing) > self._places.index.room(HOST)[0]:
+            for lo, end in missing:
+                self.copy_saved(lease, lo, end)
+
     def copy_second_use(self, lease: Lease) -> None:
         """The lease's path is used again: queue copies where `copy_down` is "second_use"."""
         if self._host_copy_down == "second_use":

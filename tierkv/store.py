@@ -387,6 +387,7 @@ class Store:
         self._note_load(match)
         lease, use, lookup = match.lease, match.visit.use, match.visit.lookup
         self.index.end(lease, ending, now_s=self.places.clock())
+        self._edges.copy_refused(lease, match.dirty)
         if use and use.hints.session is not None:
             if ending.next is Next.ENDED:
                 self._sessions.forget(use.hints.session)

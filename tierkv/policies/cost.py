@@ -9,7 +9,7 @@ from tierkv.policies.reuse import ReuseModel
 
 FLOOR_S: Final = 1e-6
 """Least worth of a use: a block that is quicker recomputed than reloaded is still worth more used than unused."""
-WEIGHT: Final = 0.6
+WEIGHT: Final = 0.4
 """Power of the seconds. A chance of reuse is an estimate, and the highest product is often the worst overestimate; with 1
 more seconds are lost on wrong guesses than won on dear blocks (bench/hit_rate)."""
 

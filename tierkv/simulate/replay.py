@@ -73,7 +73,7 @@ def replay(
         block_tokens=ID_TOKENS,
         tiers=[TierSpec("simulated", capacity_blocks, True, made)],
         observer=observer,
-        history_blocks=policies.history_blocks([capacity_blocks]) if observer else 0,
+        history_blocks=policies.history_blocks([capacity_blocks]) if policy in policies.REMEMBERING else 0,
     )
     start = clock()
     tally = drive(trace, index, hints=hints, learns=observer is not None)

@@ -69,7 +69,7 @@ def prepare(
     specs = [
         TierSpec(plan.name, capacity, True, one) for plan, capacity, one in zip(plans, capacities, made, strict=True)
     ]
-    history = policies.history_blocks(capacities) if observer else 0
+    history = policies.history_blocks(capacities) if set(names) & set(policies.REMEMBERING) else 0
     return Serving(
         index=Index(block_tokens=ID_TOKENS, tiers=specs, observer=observer, history_blocks=history),
         plans=tuple(plans),
