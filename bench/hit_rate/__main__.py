@@ -30,7 +30,8 @@ from tierkv.simulate.workers import Workers
 
 HERE = Path(__file__).parent
 SHARES = ("1%", "2%", "5%", "10%", "20%", "50%")
-HINTS = ("session", "tool", "queue", "all")
+HINTS = ("tool", "queue", "all")
+"""Sessions are left out: none of the traces has any."""
 TIERS = "device=160GiB,host=1TiB,disk=4TiB:read=6GB/s:write=3GB/s"
 """128 KiB a token: 1.3, 8.6 and 34 million tokens."""
 ENGINE = EnginePlan(tokens_per_s=100_000)
