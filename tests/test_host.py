@@ -6,6 +6,7 @@ import mmap
 import os
 import subprocess
 import sys
+from collections import deque
 from contextlib import ExitStack
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -441,3 +442,16 @@ def test_a_slab_larger_than_its_container_is_refused_and_told_whose_limit_it_is(
     HostSlab(num_places=40, block_bytes=1 << 20).close()
     with pytest.raises(ConfigError, match=r"0\.04 GiB of memory are free \(.*memory\.max\); lower it"):
         HostSlab(num_places=41, block_bytes=1 << 20)
+
+
+def test_a_closed_slab_gives_its_memory_back_while_somebody_still_holds_it() -> None:
+    slab = HostSlab(num_places=64, block_bytes=1 << 20)
+    empty = resident_bytes()
+    deque(slab.touch(), maxlen=0)
+    assert resident_bytes() - empty > 48 << 20
+    slab.close()
+    assert resident_bytes() - empty < 16 << 20
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")

@@ -172,7 +172,7 @@ class _Pins:
     """What is registered of a mapping. Thread-safe; outlives the slab, so that a slab that nobody closed is unregistered too."""
 
     def __init__(self, memory: mmap.mmap) -> None:
-        self._memory = memory  # not to be unmapped before it is unregistered
+        self._memory: mmap.mmap | None = memory  # not to be unmapped before it is unregistered
         self._lock = Lock()
         self._registered: list[tuple[int, Unregister]] = []
         self._process = os.getpid()
@@ -199,7 +199,7 @@ class _Pins:
                     unregister(address)
                 except _REFUSED as error:  # the driver is gone, and the registration with it
                     log.debug("unregistering host memory: %s", error)
-            self.num_bytes = 0
+            self.num_bytes, self._memory = 0, None
 
 
 def _gib(size: int) -> str:
