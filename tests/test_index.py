@@ -301,6 +301,57 @@ def test_spill_crosses_from_a_branch_to_what_was_used_with_it() -> None:
     assert sorted((lease.lo, lease.num_blocks) for lease in leases) == [(0, 1), (1, 2)]
 
 
+def test_spill_looks_at_what_goes_next_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = new_index(device=200, host=200)
+    for number in range(40):
+        save(index, prompt(number, 100 + number)).release()
+    for lease in index.spill(DEVICE, HOST, 40):
+        copy(index, lease, HOST, lease.lo)
+        lease.release()
+    policy = index._tree.rooms[DEVICE].policy
+    pops, pop = [], policy.pop
+    monkeypatch.setattr(policy, "pop", lambda *below: (pops.append(1), pop(*below))[1])
+    assert not index.spill(DEVICE, HOST, 40, within=10) and len(pops) == 5
+    assert not index.spill(DEVICE, HOST, 40, within=40) and len(pops) == 5 + 20
+    assert not index.spill(DEVICE, HOST, 40, within=0) and len(pops) == 5 + 20
+    leases = index.spill(DEVICE, HOST, 40, within=43)
+    assert len(pops) == 5 + 20 + 22
+    assert [(lease.tokens(lease.lo, lease.num_blocks), lease.lo) for lease in leases] == [
+        (prompt(20, 120), 0),
+        (prompt(121), 1),
+    ]
+    for lease in leases:
+        lease.release()
+    index.evict(DEVICE, 41)
+    assert index.stats().tiers[DEVICE].lost == 1, "the order has changed"
+    index.check([])
+
+
+def test_spill_counts_a_long_tail_by_its_blocks() -> None:
+    index = new_index()
+    save(index, prompt(*range(8))).release()
+    (lease,) = index.spill(DEVICE, HOST, 16, within=3)
+    assert (lease.lo, lease.num_blocks) == (5, 8)
+    copy(index, lease, HOST, lease.lo)
+    lease.release()
+    assert not index.spill(DEVICE, HOST, 16, within=3)
+    (lease,) = index.spill(DEVICE, HOST, 16, within=4)
+    assert (lease.lo, lease.num_blocks) == (4, 5)
+    lease.release()
+
+
+def test_spill_leaves_out_what_was_used_since() -> None:
+    index = new_index()
+    save(index, prompt(1)).release()
+    clock = index.clock
+    save(index, prompt(2)).release()
+    (lease,) = index.spill(DEVICE, HOST, 16, until=clock)
+    assert lease.tokens(0, 1) == prompt(1)
+    lease.release()
+    save(index, prompt(1)).release()
+    assert not index.spill(DEVICE, HOST, 16, until=clock)
+
+
 def test_shared_lease_keeps_its_part_when_the_first_is_released() -> None:
     index = new_index()
     lease = save(index, prompt(1, 2, 3))

@@ -14,6 +14,7 @@ Structure: strands.py, paths.py, tree.py; invariants: audit.py; figures: bench/b
 """
 
 from collections.abc import Iterable, Sequence
+from math import inf
 from threading import Lock
 
 from tierkv import audit, fates
@@ -378,31 +379,31 @@ class Index:
 
     # -- ahead of need ---------------------------------------------------------------------------------------------
 
-    def spill(self, tier: int, below: int | None, n: int) -> list[Lease]:
+    def spill(
+        self, tier: int, below: int | None, n: int, *, within: int | None = None, until: float = inf
+    ) -> list[Lease]:
         """Lease the next blocks, up to `n`, that `tier` would forget and `below` neither holds nor expects (None: all).
 
         Each lease is about its blocks [lo, num_blocks), pinned in `tier`. The order of forgetting stays as it is.
+        within: how many of the blocks that are forgotten next are looked at; None: all, which takes long where most are
+        below.  until: only blocks that were not used after this time of `clock`.
         """
         tree = self._tree
         leases: list[Lease] = []
-        popped = []
+        within = tree.rooms[tier].capacity if within is None else within
         with self._lock:
-            found: list[tuple[Strand, int, int]] = []
-            while n > 0 and (victim := tree.victim(tier)):
-                assert isinstance(victim.strand, Strand)
-                popped.append(victim.strand)
-                for strand, lo, hi in tree.goes_with(victim.strand, victim.blocks, tier, below):
-                    lo = max(lo, hi - n)
-                    n -= hi - lo
-                    found.append((strand, lo, hi))
-                    if n <= 0:
-                        break
+            found, popped = tree.next_down(tier, below, n, within=within, until=until)
             for strand, lo, hi in found:
                 self._serial += 1
                 leases.append(Lease(self, self._serial, _root(strand), strand, hi, 1 << tier, lo=strand.depth + lo))
             for strand in popped:
                 tree.offer(strand, tier)
         return leases
+
+    @property
+    def clock(self) -> int:
+        """Logical time of the latest use. Takes no lock: uses that begin after this was read are later."""
+        return self._tree.clock
 
     # -- starting --------------------------------------------------------------------------------------------------
 

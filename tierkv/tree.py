@@ -224,32 +224,51 @@ class Tree(Paths):
                 return Victim(parked, hi - max(lo, claim(parked, hi)[1]))
         return None
 
-    def goes_with(self, strand: Strand, blocks: int, tier: int, below: int | None) -> Iterator[tuple[Strand, int, int]]:
-        """Ranges that are not below yet, last first, of what goes when this victim goes: its tail, and then whatever
-        above it was used last together with it; or else the next part of the strand.
+    def next_down(
+        self, tier: int, below: int | None, n: int, *, within: int, until: float
+    ) -> tuple[list[tuple[Strand, int, int]], list[Strand]]:
+        """What to copy down next (see `Index.spill`), and the strands that are to be offered again once that is pinned."""
+        found: list[tuple[Strand, int, int]] = []
+        popped: list[Strand] = []
+        while n > 0 and within > 0 and (victim := self.victim(tier)):
+            assert isinstance(victim.strand, Strand)
+            popped.append(victim.strand)
+            for strand, lo, hi in self._goes_with(victim.strand, victim.blocks, tier, below):
+                lo = max(lo, hi - within)
+                within -= hi - lo
+                for first, last in _absent(strand, lo, hi, below) if strand.stamp(lo) <= until else ():
+                    if n > 0:
+                        first = max(first, last - n)
+                        n -= last - first
+                        found.append((strand, first, last))
+                if n <= 0 or within <= 0:
+                    break
+        return found, popped
+
+    def _goes_with(
+        self, strand: Strand, blocks: int, tier: int, below: int | None
+    ) -> Iterator[tuple[Strand, int, int]]:
+        """What goes when this victim goes, last first: its tail, and then whatever above it was used last together with it.
+
+        Where all of that is below, what comes next of the strand that is not belongs to it, with all that goes before.
         """
-        span = strand.span(tier)
-        tail = max(span[0], span[1] - blocks)
-        while span[0] < span[1]:
-            ranges = [(span[0], span[1])]
-            if under := strand.holdings[below] if below is not None else None:
-                ranges = list(under.absent(*span))[::-1]
-            if ranges and ranges[0][1] <= tail:
-                lo, hi = ranges[0]
-                tail = max(lo, strand.stamp_start(hi - 1))
-            for lo, hi in ranges:
-                if hi > tail:
-                    yield strand, max(lo, tail), hi
+        lo, hi = strand.span(tier)
+        tail = max(lo, hi - blocks)
+        while lo < hi:
+            first, last = next(iter(_absent(strand, lo, hi, below)), (hi, hi))
+            if last <= tail:
+                tail = max(first, strand.stamp_start(last - 1))
+            yield strand, tail, hi
             parent = strand.parent
             if tail > 0 or parent is None or not (above := parent.holdings[tier]):
                 return
             assert above.hang
             if max(above.hang) != strand.at or above.hang[strand.at] > 1:
                 return
-            span = above.span(floor=max((at for at in above.hang if at != strand.at), default=0))
-            if span[0] == span[1] or parent.stamp(span[1] - 1) != strand.stamp(0):
+            lo, hi = above.span(floor=max((at for at in above.hang if at != strand.at), default=0))
+            if lo == hi or parent.stamp(hi - 1) != strand.stamp(0):
                 return
-            strand, tail = parent, max(span[0], parent.stamp_start(span[1] - 1))
+            strand, tail = parent, max(lo, parent.stamp_start(hi - 1))
 
     def _only(self, strand: Strand, lo: int, hi: int, tier: int) -> int:
         """How many blocks of [lo, hi) no other tier holds."""
@@ -324,3 +343,9 @@ class Tree(Paths):
                 self.offer(parent, tier)
                 return
             strand = parent
+
+
+def _absent(strand: Strand, lo: int, hi: int, tier: int | None) -> list[tuple[int, int]]:
+    """Ranges of blocks [lo, hi) that a tier neither holds nor expects, last first; None holds nothing."""
+    holding = strand.holdings[tier] if tier is not None else None
+    return list(holding.absent(lo, hi))[::-1] if holding else [(lo, hi)]
