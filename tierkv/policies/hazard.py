@@ -7,7 +7,7 @@ held the block or not: what was forgotten too early is just what has to be learn
 
 from array import array
 from bisect import bisect_right
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,14 +161,15 @@ def _shape(events: Table, exposure: Table) -> Table:
 
 def _gittins(hazards: Table) -> Table:
     """The index of each age, row by row."""
-    use = -np.expm1(-hazards * _WIDTH)
-    still = np.ones_like(hazards)
-    still[:, 1:] = np.cumprod(1 - use, 1)[:, :-1]
-    uses = still * use
-    seconds = uses / hazards
-    index: Any = np.empty_like(hazards)
-    for age in range(hazards.shape[1]):
-        gained, waited = uses[:, age:].cumsum(1), seconds[:, age:].cumsum(1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            index[:, age] = np.fmax(hazards[:, age], np.nanmax(gained / waited, 1, initial=0.0))
-    return np.asarray(index, dtype=np.float64)
+    hazard = np.ascontiguousarray(hazards.T)  # ages first: all that start at one age in a row
+    stay = np.exp(-hazard * _WIDTH[:, np.newaxis])
+    use = -np.expm1(-hazard * _WIDTH[:, np.newaxis])
+    seconds = use / hazard
+    gained, waited, still, index = use.copy(), seconds.copy(), stay.copy(), hazard.copy()
+    for more in range(1, NUM_AGES):  # who starts at any age gives up so many ages later
+        last = NUM_AGES - more
+        gained[:last] += still[:last] * use[more:]
+        waited[:last] += still[:last] * seconds[more:]
+        still[:last] *= stay[more:]
+        np.maximum(index[:last], gained[:last] / waited[:last], out=index[:last])
+    return index.T
