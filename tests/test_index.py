@@ -314,7 +314,7 @@ def test_spill_looks_at_what_goes_next_and_no_further(monkeypatch: pytest.Monkey
     assert not index.spill(DEVICE, HOST, 40, within=10) and len(pops) == 5
     assert not index.spill(DEVICE, HOST, 40, within=40) and len(pops) == 5 + 20
     assert not index.spill(DEVICE, HOST, 40, within=0) and len(pops) == 5 + 20
-    leases = index.spill(DEVICE, HOST, 40, within=43)
+    leases = index.spill(DEVICE, HOST, 3, within=41)
     assert len(pops) == 5 + 20 + 22
     assert [(lease.tokens(lease.lo, lease.num_blocks), lease.lo) for lease in leases] == [
         (prompt(20, 120), 0),
@@ -330,13 +330,13 @@ def test_spill_looks_at_what_goes_next_and_no_further(monkeypatch: pytest.Monkey
 def test_spill_counts_a_long_tail_by_its_blocks() -> None:
     index = new_index()
     save(index, prompt(*range(8))).release()
-    (lease,) = index.spill(DEVICE, HOST, 16, within=3)
-    assert (lease.lo, lease.num_blocks) == (5, 8)
+    (lease,) = index.spill(DEVICE, HOST, 2, within=1)
+    assert (lease.lo, lease.num_blocks) == (6, 8)
     copy(index, lease, HOST, lease.lo)
     lease.release()
-    assert not index.spill(DEVICE, HOST, 16, within=3)
-    (lease,) = index.spill(DEVICE, HOST, 16, within=4)
-    assert (lease.lo, lease.num_blocks) == (4, 5)
+    assert not index.spill(DEVICE, HOST, 2, within=2)
+    (lease,) = index.spill(DEVICE, HOST, 2, within=3)
+    assert (lease.lo, lease.num_blocks) == (4, 6)
     lease.release()
 
 

@@ -5,6 +5,8 @@ eviction ("save", "second_use", "spill"). How they are copied is transfers.py's.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import ceil, inf
+from threading import Lock
 
 from tierkv.index import Lease
 from tierkv.mover import SAVE_LANE, Mover
@@ -13,11 +15,30 @@ from tierkv.transfers import DEVICE, HOST, Below, Places, copy_to_host, write_do
 
 @dataclass(slots=True)
 class _Spill:
-    """One edge that copies ahead of eviction; at most one batch of it is under way."""
+    """One edge that copies ahead of eviction; at most one piece of it is under way.
+
+    below: None stands for the host.  reach: blocks that are to be free, or below already.  left: that may still be copied
+    until somebody asks for room again.
+    """
 
     above: int
     below: Below | None
     under_way: bool = field(default=False)
+    reach: int = field(default=0)
+    left: int = field(default=0)
+
+    @property
+    def target(self) -> int | None:
+        """The number of the tier that gets the blocks; None: the index does not know what that has."""
+        return self.below.number if self.below else HOST
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What the engine had queued to be written to device pages: all up to a mark, at a time of the index's clock."""
+
+    mark: object
+    clock: int
 
 
 class Edges:
@@ -40,6 +61,7 @@ class Edges:
     ) -> None:
         self._places, self._below, self._mover = places, below, mover
         self._host_copy_down, self._watermark, self._share, self._piece = host_copy_down, watermark, share, piece
+        self._lock = Lock()  # of what is under way and what is left
         self._spills = [_Spill(DEVICE, None)] if host_copy_down == "spill" else []
         self._spills += [_Spill(HOST, tier) for tier in below if tier.copy_down == "spill"]
 
@@ -65,21 +87,44 @@ class Edges:
                 for lo, hi in lease.second_use(below.number):
                     self._queue_below(below, lease, lo, hi)
 
-    def copy_ahead(self) -> None:
-        """Where `copy_down` is "spill": copy what is forgotten next, once room is short, so that eviction only forgets."""
+    def copy_ahead(self, blocks: int) -> None:
+        """Where `copy_down` is "spill": copy what is forgotten next, once room is short, so that eviction only forgets.
+
+        blocks: that room was asked for just now. It goes on until as many, or those under the watermark, are free or below, or
+        were copied: a tier below that soon forgets what it got would be given it for ever.
+        """
         index = self._places.index
         for spill in self._spills:
-            free, capacity = index.room(spill.above)
-            if spill.under_way or free > self._watermark * capacity:
-                continue
-            leases = index.spill(spill.above, spill.below.number if spill.below else HOST, self._piece)
-            if not leases:
-                continue
+            reach = max(blocks, ceil(self._watermark * index.room(spill.above)[1]))
+            if spill.target is not None:  # a piece goes beyond it, and is not to push out what came before
+                reach = min(reach, ceil(index.room(spill.target)[1] / 2))
+            with self._lock:
+                spill.reach = max(reach, spill.reach if spill.under_way else 0)
+                spill.left = max(reach, spill.left if spill.under_way else 0)
+            self._spill(spill, None)
+
+    def _spill(self, spill: _Spill, written: _Written | None) -> None:
+        """Copy the next piece, if none is under way and room is short.
+
+        written: None on the engine's thread. Others cannot tell what that has queued since, and go on with what was used
+        last before.
+        """
+        index = self._places.index
+        free, capacity = index.room(spill.above)
+        with self._lock:
+            short, n = spill.reach - free, min(self._piece, spill.left)
+            if spill.under_way or short <= 0 or n <= 0 or free > self._watermark * capacity:
+                return
             spill.under_way = True
-            job = partial(self._run_spill, spill, leases, self._places.device.mark())
-            lane = spill.below.name if spill.below else SAVE_LANE
-            if self._mover.submit(lane, job, blocks=sum(lease.num_blocks - lease.lo for lease in leases)) is None:
-                self._end_spill(spill, leases)
+        leases = index.spill(spill.above, spill.target, n, within=short, until=written.clock if written else inf)
+        if not leases:
+            spill.under_way = False
+            return
+        written = written or _Written(self._places.device.mark(), index.clock)
+        job = partial(self._run_spill, spill, leases, written)
+        lane = spill.below.name if spill.below else SAVE_LANE
+        if self._mover.submit(lane, job, blocks=sum(lease.num_blocks - lease.lo for lease in leases)) is None:
+            self._end_spill(spill, leases)
 
     def to_host(self, lease: Lease, lo: int, hi: int, mark: object, *, share: float = 1.0) -> None:
         """Copy to the host, in a job, and queue what the tiers below it want as soon as it is there."""
@@ -114,18 +159,25 @@ class Edges:
         with lease:
             write_down(self._places, below, lease, lo, hi)
 
-    def _run_spill(self, spill: _Spill, leases: Sequence[Lease], mark: object) -> None:
+    def _run_spill(self, spill: _Spill, leases: Sequence[Lease], written: _Written) -> None:
+        moved = 0
         try:
             for lease in leases:
                 if spill.below is None:
-                    self.to_host(lease, lease.lo, lease.num_blocks, mark, share=self._share)
+                    self.to_host(lease, lease.lo, lease.num_blocks, written.mark, share=self._share)
                 else:
                     write_down(self._places, spill.below, lease, lease.lo, lease.num_blocks)
+            if spill.target is not None:
+                held = [lease.held(spill.target, lease.lo, lease.num_blocks) for lease in leases]
+                moved = sum(hi - lo for ranges in held for lo, hi in ranges)
         finally:
-            self._end_spill(spill, leases)
+            self._end_spill(spill, leases, moved=moved)
+        if moved:
+            self._spill(spill, written)
 
-    @staticmethod
-    def _end_spill(spill: _Spill, leases: Sequence[Lease]) -> None:
+    def _end_spill(self, spill: _Spill, leases: Sequence[Lease], *, moved: int = 0) -> None:
         for lease in leases:
             lease.release()
-        spill.under_way = False
+        with self._lock:
+            spill.under_way = False
+            spill.left -= moved

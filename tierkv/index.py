@@ -385,8 +385,8 @@ class Index:
         """Lease the next blocks, up to `n`, that `tier` would forget and `below` neither holds nor expects (None: all).
 
         Each lease is about its blocks [lo, num_blocks), pinned in `tier`. The order of forgetting stays as it is.
-        within: how many of the blocks that are forgotten next are looked at; None: all, which takes long where most are
-        below.  until: only blocks that were not used after this time of `clock`.
+        within: how many of the blocks that are forgotten next are looked at, and `n` more if one of them is not below; None:
+        all, which takes long where most are below.  until: only blocks that were not used after this time of `clock`.
         """
         tree = self._tree
         leases: list[Lease] = []

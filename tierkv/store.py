@@ -247,7 +247,7 @@ class Store:
         if num_pages == 0:
             return []
         reservation = self.index.reserve(DEVICE, num_pages)
-        self._edges.copy_ahead()
+        self._edges.copy_ahead(num_pages)
         return None if reservation is None else list(reservation.places)
 
     def free(self, pages: Sequence[int]) -> None:

@@ -234,11 +234,14 @@ class Tree(Paths):
             assert isinstance(victim.strand, Strand)
             popped.append(victim.strand)
             for strand, lo, hi in self._goes_with(victim.strand, victim.blocks, tier, below):
+                ranges = _absent(strand, lo, hi, below) if strand.stamp(lo) <= until else []
+                if ranges and not found and hi - ranges[0][1] < within:
+                    within += n
                 lo = max(lo, hi - within)
                 within -= hi - lo
-                for first, last in _absent(strand, lo, hi, below) if strand.stamp(lo) <= until else ():
-                    if n > 0:
-                        first = max(first, last - n)
+                for first, last in ranges:
+                    first = max(first, lo, last - n)
+                    if first < last:
                         n -= last - first
                         found.append((strand, first, last))
                 if n <= 0 or within <= 0:
