@@ -17,6 +17,9 @@ PROBATION: Final = 300
 
 _EVERY: Final = -1
 """The one queue of all blocks, while LRU is followed."""
+STALE: Final = 64
+"""So many entries that stand for nothing any more are left where they are in any case, until queues or board are made anew."""
+
 _UNUSED: Final = -2
 """Blocks that were restored from a tier at rest and not used since."""
 
@@ -53,7 +56,8 @@ class AdaptivePolicy(Policy):
         self._board: list[tuple[float, int, int, int]] = []  # score and last use of a head, version, kind
         self._ageing: list[tuple[float, int, int]] = []  # when the age of a head changes, version, kind
         self._version: dict[int, int] = {}
-        self._versions = self._count = self._rounds = 0
+        self._versions = self._count = self._rounds = self._queued = 0
+        model.watchers.append(self._changed)
         self._shadow = None if capacity_blocks is None else model.shadow(capacity_blocks)
         self._ahead = self._missed = 0.0  # blocks that the shadow hit and this did not; that the shadow missed
         self._shadow_hits = 0
@@ -84,9 +88,6 @@ class AdaptivePolicy(Policy):
     def found(self, blocks: int) -> None:
         """See Policy."""
         shadow, model = self._shadow, self._model
-        for strand in model.replaced:
-            if strand in self._live:
-                self.offer(strand)
         if shadow is None:
             return
         self._ahead = MEMORY * self._ahead + shadow.hits - self._shadow_hits - blocks
@@ -108,12 +109,18 @@ class AdaptivePolicy(Policy):
             self._queues.setdefault(entry.kind, []).append(entry)
         for queue in self._queues.values():
             heapify(queue)
+        self._queued = len(self._live)
         self._survey()
 
     def _kind(self, run: Run | None) -> int:
         return _EVERY if self._followed_until else _UNUSED if run is None else run.kind
 
     # -- what may go --------------------------------------------------------------------------------------------------
+
+    def _changed(self, strand: Leaf) -> None:
+        """Blocks of the strand are of another kind, or were used again."""
+        if strand in self._live:
+            self.offer(strand)
 
     def offer(self, strand: Leaf) -> None:
         """See Policy."""
@@ -123,22 +130,29 @@ class AdaptivePolicy(Policy):
         run = self._model.run(strand, hi - 1)
         serial = run.serial if run else -1
         old = self._live.get(strand)
-        kind = self._kind(run)
-        if old and old.run is run and old.serial == serial and old.kind == kind:
+        kind, depth = self._kind(run), -strand.depth - hi
+        if old and old.run is run and old.serial == serial and old.kind == kind and old.depth == depth:
             return
         self._count += 1
-        entry = _Entry(serial, -strand.depth - hi, self._count, strand, run, kind)
-        self._live[strand] = entry
-        queue = self._queues.setdefault(kind, [])
+        entry = self._live[strand] = _Entry(serial, depth, self._count, strand, run, kind)
+        queue = self._queues.get(kind)
+        if queue is None:
+            queue = self._queues[kind] = []
         heappush(queue, entry)
-        if queue[0] is entry:
+        self._queued += 1
+        if self._queued > 2 * len(self._live) + STALE:
+            self._requeue()
+            return
+        if queue[0] is entry or queue[0] is old:
             self._look(kind)
+        if old and old.kind != kind and (left := self._queues[old.kind]) and left[0] is old:
+            self._look(old.kind)
 
     def withdraw(self, strand: Leaf) -> None:
         """See Policy."""
-        self._live.pop(strand, None)
-        if sum(map(len, self._queues.values())) > 2 * len(self._live) + 64 and not self._count % 64:
-            self._requeue()
+        old = self._live.pop(strand, None)
+        if old and self._queues[old.kind][0] is old:
+            self._look(old.kind)
 
     def pop(self, below: float = inf) -> Victim | None:
         """See Policy."""
@@ -173,11 +187,18 @@ class AdaptivePolicy(Policy):
     def _is_true(self, entry: _Entry, kind: int, lo: int, hi: int) -> bool:
         """Whether an entry still says what it stands for: its strand's tail may have been used, cut or told of."""
         run = self._model.run(entry.strand, hi - 1) if lo < hi else None
-        return lo < hi and run is entry.run and (not run or run.serial == entry.serial) and self._kind(run) == kind
+        return (
+            lo < hi
+            and run is entry.run
+            and entry.depth == -entry.strand.depth - hi
+            and (not run or run.serial == entry.serial)
+            and self._kind(run) == kind
+        )
 
     def _drop_head(self, kind: int) -> None:
         queue = self._queues[kind]
         entry = heappop(queue)
+        self._queued -= 1
         if self._live.get(entry.strand) is entry:
             del self._live[entry.strand]
         self._look(kind)
@@ -185,7 +206,9 @@ class AdaptivePolicy(Policy):
     def _survey(self) -> None:
         """Look at all queues."""
         self._rounds = self._model.rounds
-        self._board, self._ageing, self._version = [], [], {}
+        self._version.clear()
+        self._board.clear()
+        self._ageing.clear()
         for kind in list(self._queues):
             self._look(kind)
 
@@ -194,6 +217,10 @@ class AdaptivePolicy(Policy):
         queue = self._queues[kind]
         while queue and self._live.get(queue[0].strand) is not queue[0]:
             heappop(queue)
+            self._queued -= 1
+        if len(self._board) > 8 * (len(self._queues) + STALE):
+            self._survey()
+            return
         self._versions += 1
         self._version[kind] = version = self._versions
         if not queue:
@@ -203,12 +230,15 @@ class AdaptivePolicy(Policy):
         if run is None or kind == _EVERY:
             score = -inf
         else:
-            age = age_of(self._model.now_s - run.last_s)
+            now_s, last_s = self._model.now_s, run.last_s
+            age = age_of(now_s - last_s)
+            while age + 1 < NUM_AGES and last_s + EDGES_S[age + 1] <= now_s:  # rounded: it must not come up again
+                age += 1
             score = (
                 self._model.hazards.worth[kind][age]
                 * run.weight
                 * self.value(head.strand, -head.depth - head.strand.depth - 1)
             )
             if age + 1 < NUM_AGES:
-                heappush(self._ageing, (run.last_s + EDGES_S[age + 1], version, kind))
+                heappush(self._ageing, (last_s + EDGES_S[age + 1], version, kind))
         heappush(self._board, (score, head.serial, version, kind))

@@ -5,8 +5,9 @@ much the last request added, how quickly these blocks came back so far, how long
 about what comes next (`tierkv.hints`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import log2
+from operator import attrgetter
 from typing import Final
 
 import numpy as np
@@ -19,6 +20,7 @@ TURNS: Final = 4
 FRESH: Final = (0, 1, 2, 4, 8, 16, 32, 64)
 """Upper ends of what counts as the same number of blocks that a request added."""
 PAUSES: Final = 10
+LONGEST_PAUSE_S: Final = 2.0**PAUSES
 ANSWERS: Final = (16, 400)
 """Bounds between calls, usual and long answers, in tokens."""
 NEXTS: Final = {following: number for number, following in enumerate(Next)}
@@ -73,8 +75,8 @@ class Shadow:
 class ReuseModel(Observer):
     """Runs of all strands that the index knows, and the hazards learned from them.
 
-    now_s, serial, num_asked: time, number and blocks of the last request.  replaced: strands of which that request has gone
-    on from before the end, so that what follows there is of another kind now.  rounds: of learning.
+    now_s, serial, num_asked: time, number and blocks of the last request.  watchers: told of every strand some of whose blocks
+    are of another kind now, or were used again.  rounds: of learning.
     Memory is bounded by the index's history: a few hundred bytes per run of blocks, 3 KiB per kind that occurs (of 7,200).
     """
 
@@ -82,7 +84,7 @@ class ReuseModel(Observer):
         self.hazards = Hazards((TURNS, len(FRESH) + 1, PAUSES, len(ANSWERS) + 2, len(NEXTS) + 1), told=2)
         self.now_s = 0.0
         self.rounds = self.num_asked = 0
-        self.replaced: list[Leaf] = []
+        self.watchers: list[Callable[[Leaf], None]] = []
         self.shadows: list[Shadow] = []
         self._runs: dict[Run, None] = {}
         self.serial = self._due = 0
@@ -97,7 +99,7 @@ class ReuseModel(Observer):
         self.serial += 1
         if self.serial >= self._due:
             self._learn()
-        self.replaced.clear()
+        self._advance()
         turn = 0
         if path:
             strand, end = path[-1]
@@ -113,7 +115,7 @@ class ReuseModel(Observer):
         for strand, end in path:
             if end:
                 self._touch(strand, end, turn, fresh, use.notes[3])
-        self._advance()
+                self._tell(strand)
 
     def extend(self, strand: Leaf, lo: int, hi: int, use: Use) -> None:
         """See Observer."""
@@ -142,6 +144,7 @@ class ReuseModel(Observer):
                         pause = _pause(ending.within_s)
                     run.parts = (turn, fresh, pause, answer, following)
                     run.kind = self.hazards.number(run.parts)
+            self._tell(strand)
 
     def gone(self, strand: Leaf, size: int) -> None:
         """See Observer."""
@@ -218,7 +221,6 @@ class ReuseModel(Observer):
         """The request that comes parts from the only way on from a block: mark what follows, as far as one request used it."""
         while found := strand.follower(block):
             strand, block = found
-            self.replaced.append(strand)
             runs: list[Run] = strand.notes or []
             at = next((at for at, run in enumerate(runs) if block < run.end), len(runs))
             if at < len(runs) and runs[at].end - runs[at].blocks < block:
@@ -229,12 +231,17 @@ class ReuseModel(Observer):
                 at += 1
             for run in runs[at:]:
                 if run.serial != serial:
-                    return
+                    break
                 run.parts = (*run.parts[:-1], REPLACED)
                 run.kind = self.hazards.number(run.parts)
-            if not runs or runs[-1].end < strand.size:
+            self._tell(strand)
+            if not runs or runs[-1].end < strand.size or runs[-1].serial != serial:
                 return
             block = strand.size - 1
+
+    def _tell(self, strand: Leaf) -> None:
+        for watcher in self.watchers:
+            watcher(strand)
 
     def _append(self, runs: list[Run], end: int, parts: tuple[int, ...], serial: int, weight: float) -> None:
         last = runs[-1] if runs else None
@@ -287,12 +294,12 @@ class ReuseModel(Observer):
         runs = self._runs
         count = len(runs)
         self.hazards.learn(
-            np.fromiter((run.kind for run in runs), np.int64, count),
-            np.fromiter((run.blocks for run in runs), np.float64, count),
-            self.now_s - np.fromiter((run.last_s for run in runs), np.float64, count),
+            np.fromiter(map(attrgetter("kind"), runs), np.int64, count),
+            np.fromiter(map(attrgetter("blocks"), runs), np.float64, count),
+            self.now_s - np.fromiter(map(attrgetter("last_s"), runs), np.float64, count),
         )
 
 
 def _pause(seconds: float) -> int:
     """Number of a mean time between uses; 0 is for blocks that were used once."""
-    return min(PAUSES - 1, 1 + int(log2(1 + max(0.0, seconds) / 2)))
+    return min(PAUSES - 1, 1 + int(log2(1 + min(max(0.0, seconds), LONGEST_PAUSE_S) / 2)))
