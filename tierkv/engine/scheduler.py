@@ -51,6 +51,7 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._moving: list[tuple[Future[Any], Sequence]] = []  # being suspended, or aborted while loading
         self._admits, self._asks = True, False
+        self._cut: tuple[Sequence, bytes] | None = None  # whose hit was cut since somebody ran, to which tokens
 
     @property
     def is_idle(self) -> bool:
@@ -177,16 +178,32 @@ class Scheduler:
             if not self._admits or budget <= 0 or len(self._running) + len(self._loading) >= self._max_sequences:
                 return
             if sequence.hit is None:
-                hints = sequence.request.hints
-                sequence.hit = self._connector.match(sequence.id, _reusable(sequence), hints=hints)
+                self._match(sequence)
             if sequence.hit is None:
                 self._asks = True
                 continue  # a shared tier is being asked; whoever is behind may overtake
             if not self._place(sequence):
-                if not (self._running or self._loading):
-                    self._unpin_waiting(but=sequence)  # or two that wait could keep each other waiting
+                # Or two that wait could keep each other waiting, or one itself.
+                if not (self._running or self._loading or self._unpin_waiting(but=sequence) or self._moving):
+                    self._cut_hit(sequence)
                 return
             budget -= sequence.num_missing if sequence.state is State.RUNNING else 0
+
+    def _match(self, sequence: Sequence) -> None:
+        tokens = self._cut[1] if self._cut and self._cut[0] is sequence else _reusable(sequence)
+        sequence.hit = self._connector.match(sequence.id, tokens, hints=sequence.request.hints)
+
+    def _cut_hit(self, sequence: Sequence) -> None:
+        """Match the whole blocks of a hit again, once as long as nobody runs.
+
+        It may keep pages that it does not share: of a block that it found elsewhere and that has come to the device since; of
+        the block that it agrees with in part. Then a prompt that needs the whole device would never be placed.
+        """
+        assert sequence.hit is not None
+        if sequence.hit.pages and not (self._cut and self._cut[0] is sequence):
+            whole = sequence.hit.num_tokens // self._block_tokens * self._block_tokens
+            self._cut = sequence, sequence.tokens[:whole].tobytes()
+            self._match(sequence)
 
     def _place(self, sequence: Sequence) -> bool:
         """Give a matched sequence its pages and start its load; False when there are too few pages now."""
@@ -228,6 +245,7 @@ class Scheduler:
 
     def _run(self, sequence: Sequence) -> None:
         sequence.state = State.RUNNING
+        self._cut = None
         insort(self._running, sequence, key=_rank)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
