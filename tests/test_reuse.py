@@ -358,6 +358,9 @@ def test_what_the_conversation_went_on_without_is_of_a_kind_of_its_own() -> None
     assert look(index, model, [1, 2, 3, 4]).parts[-1] == look(index, model, [1, 2, 3]).parts[-1] == REPLACED
     assert look(index, model, [1, 2]).parts[-1] == look(index, model, [1, 2, 7]).parts[-1] == 0
     assert told
+    replaced = look(index, model, [1, 2, 3, 4]).kind
+    events = np.array(model.hazards._events).reshape(len(model.hazards), -1).sum(1)
+    assert events[replaced] == 0 and events.sum() == 2  # what was used again was not of that kind
 
 
 def test_engine_that_asks_for_the_beginning_only_replaces_nothing() -> None:

@@ -15,6 +15,9 @@ LOST: Final = 0.05
 PROBATION: Final = 300
 """Requests that LRU is followed for before the policy tries again."""
 
+Kind = int | tuple[int, float]
+"""What a queue is of: a kind of the hazards; of those of another priority than the usual, with their weight."""
+
 _EVERY: Final = -1
 """The one queue of all blocks, while LRU is followed."""
 STALE: Final = 64
@@ -32,13 +35,13 @@ class _Entry(NamedTuple):
     number: int
     strand: Leaf
     run: Run | None
-    kind: int
+    kind: Kind
 
 
 class AdaptivePolicy(Policy):
     """Worth of a block: the chance of its use per second of keeping it (`Hazards.worth`), times what a use saves.
 
-    One queue per kind of block, by last use: of a kind, all but the oldest can wait. The scores of the queues' heads stand
+    One queue per kind of block and priority, by last use: all but the oldest of these can wait. The scores of the heads stand
     on a board and are looked at again when a head changes, when its age does, and when something was learned.
     New blocks that are worth less than what would have to go are not let in.
 
@@ -52,10 +55,10 @@ class AdaptivePolicy(Policy):
         self.tier = tier
         self._model = model
         self._live: dict[Leaf, _Entry] = {}
-        self._queues: dict[int, list[_Entry]] = {}
-        self._board: list[tuple[float, int, int, int]] = []  # score and last use of a head, version, kind
-        self._ageing: list[tuple[float, int, int]] = []  # when the age of a head changes, version, kind
-        self._version: dict[int, int] = {}
+        self._queues: dict[Kind, list[_Entry]] = {}
+        self._board: list[tuple[float, int, int, Kind]] = []  # score and last use of a head, version, kind
+        self._ageing: list[tuple[float, int, Kind]] = []  # when the age of a head changes, version, kind
+        self._version: dict[Kind, int] = {}
         self._versions = self._count = self._rounds = self._queued = 0
         model.watchers.append(self._changed)
         self._shadow = None if capacity_blocks is None else model.shadow(capacity_blocks)
@@ -112,8 +115,12 @@ class AdaptivePolicy(Policy):
         self._queued = len(self._live)
         self._survey()
 
-    def _kind(self, run: Run | None) -> int:
-        return _EVERY if self._followed_until else _UNUSED if run is None else run.kind
+    def _kind(self, run: Run | None) -> Kind:
+        if self._followed_until:
+            return _EVERY
+        if run is None:
+            return _UNUSED
+        return run.kind if run.weight == 1 else (run.kind, run.weight)
 
     # -- what may go --------------------------------------------------------------------------------------------------
 
@@ -184,7 +191,7 @@ class AdaptivePolicy(Policy):
             return Victim(strand, hi - max(lo, run.end - run.blocks if run else lo))
         return None
 
-    def _is_true(self, entry: _Entry, kind: int, lo: int, hi: int) -> bool:
+    def _is_true(self, entry: _Entry, kind: Kind, lo: int, hi: int) -> bool:
         """Whether an entry still says what it stands for: its strand's tail may have been used, cut or told of."""
         run = self._model.run(entry.strand, hi - 1) if lo < hi else None
         return (
@@ -195,7 +202,7 @@ class AdaptivePolicy(Policy):
             and self._kind(run) == kind
         )
 
-    def _drop_head(self, kind: int) -> None:
+    def _drop_head(self, kind: Kind) -> None:
         queue = self._queues[kind]
         entry = heappop(queue)
         self._queued -= 1
@@ -212,7 +219,7 @@ class AdaptivePolicy(Policy):
         for kind in list(self._queues):
             self._look(kind)
 
-    def _look(self, kind: int) -> None:
+    def _look(self, kind: Kind) -> None:
         """Put the head of a queue on the board, in the place of what stood there for it."""
         queue = self._queues[kind]
         while queue and self._live.get(queue[0].strand) is not queue[0]:
@@ -235,7 +242,7 @@ class AdaptivePolicy(Policy):
             while age + 1 < NUM_AGES and last_s + EDGES_S[age + 1] <= now_s:  # rounded: it must not come up again
                 age += 1
             score = (
-                self._model.hazards.worth[kind][age]
+                self._model.hazards.worth[run.kind][age]
                 * run.weight
                 * self.value(head.strand, -head.depth - head.strand.depth - 1)
             )
