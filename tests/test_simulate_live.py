@@ -18,8 +18,9 @@ CAPACITY = 14
 DEVICE = 0
 POLICIES = ("lru", "lfu", "slru", "fifo", "gdsf")
 """Those that know no more than the uses of one tier."""
-CHUNKED = ("gdsf",)
-"""Those that forget part of a strand at once: what ends a strand depends on all that the index knows, lower tiers included."""
+BY_STRAND = ("lfu", "gdsf")
+"""Those whose ages and victims are of parts of strands: where a strand ends depends on all that the index knows, lower tiers
+included, so they are compared without any."""
 
 
 class Both:
@@ -27,7 +28,7 @@ class Both:
 
     def __init__(self, policy: str) -> None:
         assert TINY.block_tokens == ID_TOKENS  # so an id of the trace is the tokens of a live block
-        below = 0 if policy in CHUNKED else 20
+        below = 0 if policy in BY_STRAND else 20
         self.live = Parts(pages=CAPACITY, host=below, slots=2 * below, policy=policy)
         cost = CostModel(block_tokens=TINY.block_tokens, block_bytes=TINY.block_bytes)
         spec = TierSpec("device", CAPACITY, True, policies.make(policy, tier=DEVICE, cost=cost))
