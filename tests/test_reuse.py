@@ -420,8 +420,11 @@ def test_nothing_is_left_of_an_index_that_forgot_all() -> None:
     index = new_index(model, history_blocks=0)
     for at in range(50):
         save(index, [at % 3, at % 5, at % 7, at], now_s=float(at))
+    num_blocks = index.stats().num_blocks
+    lost = sum(model.hazards._ended) - sum(model.hazards._events)
     index.evict(0)
     assert not model._runs and not model._last_used and shadow.held == 0
+    assert sum(model.hazards._ended) - sum(model.hazards._events) == lost + num_blocks  # lost from sight, without a use
 
 
 def test_learns_every_hundred_requests_then_ever_less_often() -> None:
