@@ -353,3 +353,19 @@ def test_the_note_fits_whatever_is_counted(tier: DiskTier) -> None:
     )  # fmt: skip
     lookups.close()
     assert len(read_history(tier.path / NAME).notes[NOTE]) < MAX_NOTE_BYTES / 2
+
+
+def test_another_model_at_hand_is_told_by_the_field_that_differs(tier: DiskTier) -> None:
+    """A model that never stored anything there: what others stored of the same tokens is under another key."""
+    from tierkv.config import load
+    from tierkv.explain import from_stocks
+    from tierkv.stocks import namespace_of, open_stocks
+
+    tokens = prompt(2)
+    keep(tier, tokens)
+    config = load(environ={}, overrides=(f"disk.path={tier.path}", f"store.block_tokens={SMALL.block_tokens}")).config
+    with open_stocks(config) as stocks:
+        root, fields = namespace_of(config, stocks, loaded="e" * 32)
+        (stretch,) = from_stocks(tokens, root=root, fields=fields, stocks=stocks)
+    assert fields["model"] == "e" * 32
+    assert (stretch.lo, stretch.hi) == (0, 2) and "model" in str(stretch)

@@ -62,11 +62,10 @@ def explain(
         if tokens is not None:
             if prompt is not None or file is not None:
                 raise ConfigError("--tokens and text are both given: give one of them")
-            ids = _read_tokens(tokens)
+            ids, loaded = _read_tokens(tokens), None
         else:
             ids, loaded = _tokenized(_text(prompt, file), model or settings.engine.model, settings, chat=chat)
-            identity = identity or loaded
-        root, fields = namespace_of(settings, stocks, model=identity)
+        root, fields = namespace_of(settings, stocks, model=identity, loaded=loaded)
         packed = token_bytes(ids)
         stretches = from_stocks(packed, root=root, fields=fields, stocks=stocks)
         down = {stock.name: stock.down for stock in stocks if stock.down}

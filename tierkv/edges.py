@@ -126,9 +126,16 @@ class Edges:
         if self._mover.submit(lane, job, blocks=sum(lease.num_blocks - lease.lo for lease in leases)) is None:
             self._end_spill(spill, leases)
 
-    def to_host(self, lease: Lease, lo: int, hi: int, mark: object, *, share: float = 1.0) -> None:
-        """Copy to the host, in a job, and queue what the tiers below it want as soon as it is there."""
-        copy_to_host(self._places, lease, lo, hi, mark=mark, share=share)
+    def to_host(
+        self, lease: Lease, lo: int, hi: int, mark: object, *, share: float = 1.0, worth: float | None = None
+    ) -> None:
+        """Copy to the host, in a job, and queue what the tiers below it want as soon as it is there.
+
+        worth: as in `Index.begin_copy`. A host that feeds a tier below lets everything in: what it refused would be nowhere.
+        """
+        if any(below.copy_down == "save" for below in self._below):
+            worth = inf
+        copy_to_host(self._places, lease, lo, hi, mark=mark, share=share, worth=worth)
         for below in self._below:
             if below.copy_down == "save":
                 self._queue_below(below, lease, lo, hi)

@@ -259,11 +259,12 @@ class Index:
 
     # -- copies ----------------------------------------------------------------------------------------------------
 
-    def begin_copy(self, lease: Lease, tier: int, lo: int, hi: int) -> Copy | None:
+    def begin_copy(self, lease: Lease, tier: int, lo: int, hi: int, *, worth: float | None = None) -> Copy | None:
         """Expect in `tier` those of the lease's blocks [lo, hi) that it neither holds nor expects, and that it admits.
 
         Covers the leading ones that there is room for; None: not one. Until the end of the copy nothing above the blocks
-        is forgotten by `tier`. Hashes the keys first where the tier needs them.
+        is forgotten by `tier`. Hashes the keys first where the tier needs them.  worth: what has to be worth less to go for them;
+        None: as the policy says.
         """
         tree = self._tree
         room = tree.rooms[tier]
@@ -286,7 +287,8 @@ class Index:
             for strand, a, b in wanted:
                 short = count + b - a - room.num_free
                 if short > 0:
-                    tree.evict(tier, short, victims, below=room.policy.worth(strand, b - 1))
+                    own = room.policy.worth(strand, b - 1) if worth is None else worth
+                    tree.evict(tier, short, victims, below=own)
                 end = min(b, a + room.num_free - count)
                 if end > a:
                     granted.append((strand, a, end))

@@ -98,7 +98,7 @@ class Pins:
         try:
             for tier, lo, hi in lease.sources():
                 if tier == DEVICE:
-                    copy_to_host(self._places, lease, lo, hi, mark=mark)
+                    copy_to_host(self._places, lease, lo, hi, mark=mark, worth=math.inf)
                 elif tier > HOST:
                     self._lift(self._below[tier], lease, lo, hi)
         finally:

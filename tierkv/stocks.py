@@ -68,11 +68,14 @@ def _redis_stock(url: str, prefix: str, opened: ExitStack) -> Stock:
         return replace(stock, down=f"{hide_password(url)}: {error}")
 
 
-def namespace_of(config: Config, stocks: Sequence[Stock], *, model: str | None = None) -> tuple[Key, Fields]:
+def namespace_of(
+    config: Config, stocks: Sequence[Stock], *, model: str | None = None, loaded: str | None = None
+) -> tuple[Key, Fields]:
     """The namespace that the configured store would ask in: its root and fields.
 
-    model: identity of the weights; None: that of the store that was opened last. What the configuration leaves open (the
-    layout, and with None the model) is as in the stocks. Raises ConfigError when they do not tell.
+    model: identity of the weights, which the stocks must know.  loaded: that of a model at hand, which may be new to them.
+    None of both: that of the store that was opened last. What the configuration leaves open (the layout, the model) is as in
+    the stocks. Raises ConfigError when they do not tell.
     """
     known = [fields for stock in stocks for fields in stock.namespaces.values()]
     known = [fields for fields in known if _is_complete(fields) and model in (None, fields["model"])]
@@ -82,7 +85,7 @@ def namespace_of(config: Config, stocks: Sequence[Stock], *, model: str | None =
             f"nothing in {', '.join(stock.name for stock in stocks)} tells what was stored there{named}: "
             "open a store of this version on it once, and ask again"
         )
-    last = known[-1]
+    last = next((fields for fields in reversed(known) if fields["model"] == loaded), known[-1])
     dtype = last["dtype"] if config.engine.dtype == "auto" else config.engine.dtype
     layout = Layout(
         num_layers=last["num_layers"],
@@ -92,7 +95,7 @@ def namespace_of(config: Config, stocks: Sequence[Stock], *, model: str | None =
         block_tokens=config.store.block_tokens,
         parts=last["parts"],
     )
-    ours = Namespace(last["model"], layout, adapter=last["adapter"], tenant=config.store.tenant)
+    ours = Namespace(model or loaded or last["model"], layout, adapter=last["adapter"], tenant=config.store.tenant)
     return ours.root(config.secret()), ours.fields()
 
 

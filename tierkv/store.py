@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from math import inf
 from typing import Final
 
 from tierkv.ahead import Ahead, Expected, Found
@@ -359,7 +360,7 @@ class Store:
 
     def _run_suspend(self, lease: Lease, tail: int | None, mark: object) -> int | None:
         with lease:
-            self._edges.to_host(lease, 0, lease.num_blocks, mark)
+            self._edges.to_host(lease, 0, lease.num_blocks, mark, worth=inf)  # it goes on for sure
         reservation = None if tail is None else self.index.reserve(HOST, 1)
         if tail is None or reservation is None:
             return None

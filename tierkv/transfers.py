@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from queue import SimpleQueue
 from typing import Final
 
@@ -329,10 +330,20 @@ class Load:
         return came == [True]
 
 
-def copy_to_host(places: Places, lease: Lease, lo: int, hi: int, *, mark: object, share: float = 1.0) -> None:
+def copy_to_host(
+    places: Places,
+    lease: Lease,
+    lo: int,
+    hi: int,
+    *,
+    mark: object,
+    share: float = 1.0,
+    worth: float | None = None,
+) -> None:
     """Copy those blocks [lo, hi) of the lease to the host that the device holds and the host does not.
 
     mark: the point of the device's work after which the pages are written.  share: of the time, in which the link is kept busy.
+    worth: as in `Index.begin_copy`.
     """
     start = places.clock()
     for first, last in lease.held(DEVICE, lo, hi):
@@ -340,7 +351,7 @@ def copy_to_host(places: Places, lease: Lease, lo: int, hi: int, *, mark: object
             pages = lease.places(DEVICE, first, last)  # pins them
         except LookupError:
             continue
-        copy = places.index.begin_copy(lease, HOST, first, last)
+        copy = places.index.begin_copy(lease, HOST, first, last, worth=worth)
         if copy:
             done = False
             try:
@@ -363,7 +374,7 @@ def copy_to_host(places: Places, lease: Lease, lo: int, hi: int, *, mark: object
 def copy_up(places: Places, below: Below, lease: Lease, lo: int, hi: int, *, deadline: float) -> int:
     """Read those blocks [lo, hi) of the lease into the host that it lacks, as far as it has room; how many came."""
     start = places.clock()
-    copy = places.index.begin_copy(lease, HOST, lo, hi)
+    copy = places.index.begin_copy(lease, HOST, lo, hi, worth=inf)  # somebody waits for them
     if copy is None:
         return 0
     came, why = [False] * len(copy.blocks), None

@@ -92,7 +92,7 @@ class Moves:
         def begin() -> float:
             if not wanted():
                 return 0.0
-            if copy := self._index.begin_copy(lease, HOST, lo, hi):
+            if copy := self._index.begin_copy(lease, HOST, lo, hi, worth=math.inf):
                 copies.append(copy)
             self._moved[tier, HOST] += hi - lo
             self._cost.observe_fetch(tier, hi - lo, link.seconds(hi - lo))
@@ -174,13 +174,14 @@ class Moves:
     def _copy(self, tier: int, parts: list[tuple[Lease, int, int]], done: Callable[[int], None]) -> bool:
         """Queue the copy of some leases' blocks; `done` is told how many moved. False: the queue is full."""
         above, link = _above(tier), self._down[tier]
+        feeds = tier == HOST and any(plan.copy_down == "save" for plan in self._plans[HOST + 1 :])
         copies: list[Copy] = []
 
         def begin() -> float:
             for lease, lo, hi in parts:
                 for first, last in lease.held(above, lo, hi):
                     lease.places(above, first, last)  # pins them
-                    if copy := self._index.begin_copy(lease, tier, first, last):
+                    if copy := self._index.begin_copy(lease, tier, first, last, worth=math.inf if feeds else None):
                         copies.append(copy)
             return link.seconds(sum(len(copy.blocks) for copy in copies))
 
