@@ -109,7 +109,7 @@ def test_chats_of_one_conversation_are_one_session_that_ends_once(write: Callabl
 
 
 def test_sessions_are_overlaid_each_with_its_own_blocks(write: Callable[..., Path]) -> None:
-    inner = {"t": 10, "type": "subagent", "requests": [asked(0, [1, 50]), asked(25, [1, 50, 51], stop="tool_use")]}
+    inner = {"t": 10, "requests": [asked(0, [1, 50]), asked(25, [1, 50, 51], stop="tool_use")]}
     path = write(
         session(asked(0, [1, 2]), inner, asked(20, [1, 2, 3], stop="end_turn"), block_size=64),
         session(asked(0, [1, 2]), asked(15, [1, 2, 4], output_types=["text", "tool_use"])),
@@ -127,7 +127,7 @@ def test_sessions_are_overlaid_each_with_its_own_blocks(write: Callable[..., Pat
 
 
 def test_sub_agent_without_a_time_begins_with_its_session(write: Callable[..., Path]) -> None:
-    path = write(session(asked(5, [1]), {"type": "subagent", "requests": [asked(3, [1, 2])]}))
+    path = write(session(asked(5, [1]), {"requests": [asked(3, [1, 2])]}))
     assert [(each.time_s, each.num_blocks) for each in open_trace(path)] == [(3, 2), (5, 1)]
 
 

@@ -120,7 +120,7 @@ def _session(rows: Rows, row: Row, name: str, start_s: float, seed: int, block_t
                 f"request {at} of session {name} is not an object", "an object with t, in, out and hash_ids is expected"
             )
         time_s = start_s + rows.seconds(each, "t", default=0.0)
-        if each.get("type") == "subagent":
+        if "requests" in each:  # what a sub-agent asked, as a session of its own
             yield from _session(rows, each, f"{name}.{at}", time_s, seed, block_tokens)
             continue
         inputs, outputs, ids = rows.count(each, "in"), rows.count(each, "out", default=0), rows.ids(each, "hash_ids")
