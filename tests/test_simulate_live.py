@@ -31,7 +31,7 @@ class Both:
         below = 0 if policy in BY_STRAND else 20
         self.live = Parts(pages=CAPACITY, host=below, slots=2 * below, policy=policy)
         cost = CostModel(block_tokens=TINY.block_tokens, block_bytes=TINY.block_bytes)
-        spec = TierSpec("device", CAPACITY, True, policies.make(policy, tier=DEVICE, cost=cost))
+        spec = TierSpec("device", CAPACITY, True, policies.make(policy, tier=DEVICE, cost=cost, next_tier=DEVICE + 1))
         self.simulated = Index(block_tokens=ID_TOKENS, tiers=[spec])
 
     def serve(self, request: Request) -> None:
