@@ -17,13 +17,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tierkv import fates, rooms, strands, tree, wants
+from tierkv import fates, names, purge, recovery, rooms, strands, tree, wants
+from tierkv import index as index_module
 from tierkv import lease as lease_module
 from tierkv.cost import CostModel
 from tierkv.fates import Fate
 from tierkv.hints import Ending, Hints, Next
 from tierkv.index import Copy, Index, Lease, Reservation, TierSpec, Want
-from tierkv.keys import Key, chain
+from tierkv.keys import KEY_BYTES, Key, chain
 from tierkv.policies import NAMES, build
 from tierkv.policies.base import Leaf, Observer, Policy, Use
 from tierkv.policies.lru import LruPolicy
@@ -93,6 +94,11 @@ def held_by(index: Index) -> list[dict[Path, int | None]]:
     return found
 
 
+def named_in(index: Index) -> set[Path]:
+    """Blocks whose keys are known."""
+    return {path for strand, paths in strands_of(index) for path in paths[: len(strand.keys) // KEY_BYTES]}
+
+
 def strand_path(strand: Any, end: int) -> Path:
     own = tuple(bytes(strand.tok[at : at + BLOCK_BYTES]) for at in range(0, end * BLOCK_BYTES, BLOCK_BYTES))
     if strand.parent is None:
@@ -157,6 +163,27 @@ class Both(Observer):
         self.model.gone(strand, size)
 
 
+class View:
+    """What tiers hold, to one who hears of changes only: per tier, by key, the key before, the depth and the tokens."""
+
+    def __init__(self) -> None:
+        self.held: list[dict[bytes, tuple[bytes, int, bytes]]] = [{} for _ in TIERS]
+
+    def stored(self, tier: int, parent: Key, depth: int, keys: bytes, tokens: bytes) -> None:
+        assert keys and len(keys) * BLOCK_BYTES == len(tokens) * KEY_BYTES, "keys of other blocks than the tokens"
+        for at in range(len(keys) // KEY_BYTES):
+            key = keys[at * KEY_BYTES : (at + 1) * KEY_BYTES]
+            assert key not in self.held[tier], "told twice"
+            self.held[tier][key] = (parent, depth + at, tokens[at * BLOCK_BYTES : (at + 1) * BLOCK_BYTES])
+            parent = Key(key)
+
+    def removed(self, tier: int, keys: bytes) -> None:
+        assert keys
+        for at in range(0, len(keys), KEY_BYTES):
+            assert keys[at : at + KEY_BYTES] in self.held[tier], "told of blocks that never came"
+            del self.held[tier][keys[at : at + KEY_BYTES]]
+
+
 class Promise:
     """A live lease and what it was promised: these blocks stay in these places."""
 
@@ -171,6 +198,7 @@ class IndexMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.recorder = Recorder()
+        self.view = View()
         self.index = self.new_index(0)
         self.history_blocks = 0
         self.now_s = 0.0
@@ -185,6 +213,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.reserved: list[Reservation] = []
         self.past: list[Any] = []  # the last prompts: worth asking for again
         self.clock = 0
+        self.times: list[tuple[float, float]] = []  # clocks of the index and of the model, at some of the last steps
         self.failed = True  # until an invariant has said otherwise
 
     def new_index(self, history_blocks: int) -> Index:
@@ -193,7 +222,14 @@ class IndexMachine(RuleBasedStateMachine):
     def index_of(self, policies: Sequence[Policy], history_blocks: int, model: Observer | None) -> Index:
         specs = [TierSpec(f"t{tier}", CAPACITY[tier], PLACED[tier], policies[tier]) for tier in TIERS]
         observer = Both(self.recorder, model) if model else self.recorder
-        return Index(block_tokens=BLOCK_TOKENS, tiers=specs, observer=observer, history_blocks=history_blocks)
+        return Index(
+            block_tokens=BLOCK_TOKENS,
+            tiers=specs,
+            observer=observer,
+            history_blocks=history_blocks,
+            named=True,
+            listener=self.view,
+        )
 
     # -- the model -------------------------------------------------------------------------------------------------
 
@@ -279,8 +315,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     def settle(self) -> set[Path]:
         """Forget in the model the history that the index forgot: the oldest, none too many. Returns all that is known."""
-        needed = {part for path, _ in self.ends() for part in above(path)}
-        needed |= {part for held in self.held for path in held for part in above(path)}
+        needed = self.needed()
         known = {path for _, paths in strands_of(self.index) for path in paths}
         assert needed <= known <= self.stamps.keys(), "what something needs is not known, or what was never used is"
         gone, past = self.stamps.keys() - known, known - needed
@@ -290,11 +325,20 @@ class IndexMachine(RuleBasedStateMachine):
             assert max(self.stamps[part] for part in gone) <= min(self.stamps[part] for part in past), (
                 "newer history went"
             )
-        for part in gone:
+        self.lose(known)
+        return known
+
+    def needed(self) -> set[Path]:
+        """What some lease, want, copy or tier needs."""
+        needed = {part for path, _ in self.ends() for part in above(path)}
+        return needed | {part for held in self.held for path in held for part in above(path)}
+
+    def lose(self, known: set[Path]) -> None:
+        """Know nothing else any more."""
+        for part in self.stamps.keys() - known:
             del self.stamps[part], self.uses[part]
         self.seen &= known
         self.left = {(tier, part): fate for (tier, part), fate in self.left.items() if part in known}
-        return known
 
     def leave(self, tier: int, path: Path, why: str) -> None:
         self.left.pop((tier, path), None)
@@ -382,7 +426,7 @@ class IndexMachine(RuleBasedStateMachine):
     @initialize(
         shape=st.sampled_from(SHAPES),
         keep=st.booleans(),
-        less=st.integers(0, 2),
+        less=st.integers(0, 3),
         history=st.sampled_from([0, 2, 5]),
         queue=st.integers(-2, 3),
     )
@@ -394,11 +438,16 @@ class IndexMachine(RuleBasedStateMachine):
             self.acquire_these(ROOTS[0], blocks, ())
             promise = self.leases[-1]
             self.save_after(promise, blocks[promise.lease.num_blocks :])
-            if not keep:
+            if keep:
+                promise.lease.keys(0, promise.lease.num_blocks)
+            else:
                 self.release_one(promise)
+        if less == 3:  # before anything is wanted
+            self.evict(0, less)
         for blocks in shape[: max(0, queue)]:
             self.want_these(ROOTS[0], tokens_of(blocks))
-        self.evict(0, less)
+        if less < 3:
+            self.evict(0, less)
 
     @rule(root=st.sampled_from(ROOTS), blocks=blocks_of, tail=tails, past=any_of)
     def match(self, root: Key, blocks: Any, tail: Any, past: int) -> None:
@@ -672,6 +721,38 @@ class IndexMachine(RuleBasedStateMachine):
         assert got.count == 0 and not got.places
         assert got.evicted == (possible if n == 9 else n) or not self.evictable(tier)
 
+    @rule(roots=st.sampled_from([None, ROOTS[:1], ROOTS[:1], ROOTS[1:]]), ago=st.sampled_from([0, 0, 0, 2, 3, 4, 6, 8]))
+    def purge(self, roots: list[Key] | None, ago: int) -> None:
+        """Somebody asks to forget: all that nothing protects, or what was not used for long."""
+        until, then = self.times[-ago] if 0 < ago <= len(self.times) else (inf, inf)
+        evicted = [room.evicted for room in self.index._tree.rooms]
+        got = self.index.purge(roots=roots, until=until)
+        victims: list[Key] = []
+        for tier in TIERS:
+            gone: list[Path] = []
+            while some := [
+                path
+                for path in self.evictable(tier)
+                if (roots is None or path[0] in roots) and self.stamps[path] <= then
+            ]:
+                for path in some:
+                    del self.held[tier][path]
+                    self.leave(tier, path, "forgotten")
+                gone += some
+            assert got.evicted[tier] == len(gone)
+            victims += [key_of(path) for path in gone if not PLACED[tier]]
+        assert sorted(got.victims) == sorted(victims)
+        assert evicted == [room.evicted for room in self.index._tree.rooms], "that was not for room"
+        if until < inf:
+            self.settle()
+            return
+        known = {path for _, paths in strands_of(self.index) for path in paths}
+        needed = self.needed()
+        assert known == {
+            path for path in self.stamps if path in needed or (roots is not None and path[0] not in roots)
+        }, "something stayed known, or something else was forgotten"
+        self.lose(known)
+
     @precondition(lambda self: len(self.reserved) < 2)
     @rule(tier=st.sampled_from(TIERS), n=st.integers(0, 4), slack=st.integers(0, 2))
     def keep_room(self, tier: int, n: int, slack: int) -> None:
@@ -767,6 +848,56 @@ class IndexMachine(RuleBasedStateMachine):
         assert run.parent == (key_of(path[: lo + 1]) if lo else path[0]) and run.root == path[0]
         assert run.tokens == b"".join(path[lo + 1 :]) and run.depth == lo
 
+    @rule(
+        queries=st.lists(
+            st.tuples(st.integers(0, 20), st.sampled_from([0, 0, 1, 2, None, None]), st.booleans()), max_size=3
+        ),
+        keep=any_of,
+    )
+    def ask_by_key(self, queries: Any, keep: int) -> None:
+        """Somebody knows keys only: those of parts of paths, some as deep as the part before ends; others nobody knows."""
+        named = named_in(self.index)
+        paths = [*sorted(named), *sorted(self.stamps.keys() - named)[:3]] or [path_of(ROOTS[0], tokens_of([A]))]
+        asked: list[Path] = []
+        for which, lo, further in queries:
+            path = paths[which % len(paths)]
+            lo = len(asked[-1]) - 1 if asked and lo is None else lo
+            asked += [*above(path)][lo:]
+            if further:
+                asked.append((*path, tokens_of([A])))
+        keys = b"".join(map(key_of, asked))
+        sources = [self.source(path) if path in named else None for path in asked]
+        assert self.index.presence(keys) == bytes(0 if tier is None else tier + 1 for tier in sources)
+        stretches: list[list[int]] = []
+        for at, path in enumerate(asked):
+            if path in named:
+                if stretches and stretches[-1][-1] == at - 1 and path[:-1] == asked[at - 1]:
+                    stretches[-1].append(at)
+                else:
+                    stretches.append([at])
+        traced = self.index.trace(keys)
+        assert [found.position for found in traced] == [stretch[0] for stretch in stretches]
+        for (_, lease), stretch in zip(traced, stretches, strict=True):
+            path = asked[stretch[-1]]
+            assert lease.root == path[0] and (lease.lo, lease.num_blocks) == (len(asked[stretch[0]]) - 2, len(path) - 1)
+            assert lease.tokens(0, lease.num_blocks) == b"".join(path[1:]) and lease.use is None
+            promise = Promise(lease, path)
+            self.leases.append(promise)
+            for at in stretch:
+                if (tier := sources[at]) is not None:
+                    promise.kept[tier, asked[at]] = self.held[tier][asked[at]]
+            assert lease._tiers == sum(1 << tier for tier in {tier for tier, _ in promise.kept})
+        if keep and len(self.leases) < 8:
+            return
+        for _, lease in traced:
+            lease.release()
+        self.leases = [promise for promise in self.leases if not promise.lease.released]
+        self.settle()
+
+    def source(self, path: Path) -> int | None:
+        """The fastest tier that holds a block."""
+        return next((tier for tier in TIERS if path in self.held[tier]), None)
+
     # -- what always holds -----------------------------------------------------------------------------------------
 
     @invariant()
@@ -774,6 +905,14 @@ class IndexMachine(RuleBasedStateMachine):
         self.failed = True
         assert held_by(self.index) == self.held
         self.index.check([promise.lease for promise in self.leases], [copy for copy, _ in self.copies])
+        named = named_in(self.index)
+        for held, heard in zip(self.held, self.view.held, strict=True):
+            assert heard == {
+                key_of(path): (key_of(path[:-1]) if len(path) > 2 else path[0], len(path) - 2, path[-1])
+                for path in held
+                if path in named
+            }, "a listener was told otherwise"
+        self.times = [*self.times[-7:], (self.index.clock, self.clock)]
         stats = self.index.stats()
         assert stats.num_blocks == len(self.settle())
         assert {path for paths in self.recorder.known.values() for path in paths.values()} == self.seen
@@ -960,6 +1099,60 @@ def _first_queued_goes_first(old: Any) -> Any:
     return pop
 
 
+def _join_what_is_asked_together(old: Any) -> Any:
+    def stretches(self: names.Names, keys: bytes) -> list[names.Stretch]:
+        found: list[names.Stretch] = []
+        for part in old(self, keys):
+            before = found[-1] if found else None
+            size = before.strand.depth + before.end - before.lo if before else 0
+            if before and before.position + size == part.position and part.lo == before.lo + size:
+                part = part._replace(position=before.position, lo=before.lo, tiers=before.tiers | part.tiers)
+                found.pop()
+            found.append(part)
+        return found
+
+    return stretches
+
+
+def _without(attribute: str, old: Any) -> Any:
+    """The same, by a tree that lacks something meanwhile."""
+
+    def call(self: Any, *arguments: Any) -> Any:
+        of = getattr(self, "_tree", self)
+        kept = getattr(of, attribute)
+        setattr(of, attribute, None)
+        try:
+            return old(self, *arguments)
+        finally:
+            setattr(of, attribute, kept)
+
+    return call
+
+
+def _mark_the_slowest(old: Any) -> Any:
+    def mark(found: bytearray, at: int, strand: strands.Strand, lo: int, hi: int) -> None:
+        for tier, holding in enumerate(strand.holdings):
+            for a, b in holding.runs(lo, hi) if holding else ():
+                found[at + a - lo : at + b - lo] = bytes((tier + 1,)) * (b - a)
+
+    return mark
+
+
+def _purge_what_is_pinned(old: Any) -> Any:
+    def forget(of: tree.Tree, strand: strands.Strand, tier: int, *others: Any) -> Any:
+        holding = strand.holdings[tier]
+        if not holding or not holding.pins or not holding.count:
+            return old(of, strand, tier, *others)
+        pins, holding.pins = holding.pins, None
+        holding.count += 1  # it shall not sleep without them
+        count = old(of, strand, tier, *others)
+        holding.count -= 1
+        holding.pins = pins
+        return count
+
+    return forget
+
+
 FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "unpin leaves the pin": (tree.Tree, "unpin", lambda old: lambda *_: None),
     "a second pin is not counted": (
@@ -1054,6 +1247,40 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
         "note",
         lambda old: lambda strand, lo, hi, fate: old(strand, 0, strand.size, fate),
     ),
+    "names outlive their blocks": (names.Names, "remove", lambda old: lambda *_: None),
+    "what a tier still holds has no names": (recovery.Recovery, "_adopt", lambda old: _without("names", old)),
+    "a key that comes late names nothing": (tree.Tree, "name", lambda old: _without("names", old)),
+    "a trace pins nothing": (names, "_tiers", lambda old: lambda presence, part: 0),
+    "what is asked together is taken for one path": (names.Names, "stretches", _join_what_is_asked_together),
+    "branches are taken for other paths": (
+        names.Names,
+        "stretches",
+        lambda old: (
+            lambda self, keys: [
+                names.Stretch(at, strand.depth + lo, strand, hi, names._tiers(self.presence(keys), found))
+                for at, strand, lo, hi in self._runs(keys)
+                for found in [names.Stretch(at, strand.depth + lo, strand, hi, 0)]
+            ]
+        ),
+    ),
+    "the slowest tier is told": (names, "_mark", _mark_the_slowest),
+    "a listener does not hear of evictions": (tree.Tree, "clear", lambda old: _without("listener", old)),
+    "a listener does not hear of drops": (tree.Tree, "forget", lambda old: _without("listener", old)),
+    "a listener does not hear of keys that come late": (tree.Tree, "name", lambda old: _without("listener", old)),
+    "a listener does not hear of what comes": (tree.Tree, "hold", lambda old: _without("listener", old)),
+    "a purge takes what is pinned": (purge, "_forget", _purge_what_is_pinned),
+    "a purge takes what was used since": (
+        purge,
+        "_forget",
+        lambda old: lambda of, strand, tier, until, victims: old(of, strand, tier, inf, victims),
+    ),
+    "a purge begins at the root": (
+        tree.Tree,
+        "strands",
+        lambda old: lambda self, roots=None: old(self) if roots is None else reversed(list(old(self, roots))),
+    ),
+    "a purge leaves history": (tree.Tree, "cut_past", lambda old: lambda *_: None),
+    "a purge is of all namespaces": (index_module, "purge", lambda old: lambda of, roots, until: old(of, None, until)),
     "peeking loses the victims": (
         Index,
         "spill",
@@ -1072,4 +1299,4 @@ def test_a_planted_fault_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) 
     where, name, plant = FAULTS[fault]
     monkeypatch.setattr(where, name, plant(getattr(where, name)))
     with pytest.raises((AssertionError, LookupError, ValueError)):
-        run(IndexMachine, 600, phases=(Phase.generate,), derandomize=True)
+        run(IndexMachine, 1200, phases=(Phase.generate,), derandomize=True)

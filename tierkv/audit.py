@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from tierkv import fates
 from tierkv.keys import KEY_BYTES
 from tierkv.lease import BITS, Copy, Lease
+from tierkv.names import Names
 from tierkv.strands import HELD, HISTORY, PENDING, Fork, Holding, Steps, Strand
 from tierkv.tree import Tree
 from tierkv.wants import claim, wanted
@@ -37,6 +38,7 @@ def check(tree: Tree, leases: list[Lease] | None, copies: list[Copy]) -> None:
         for strand, first in room.parked.items():
             lo, hi = strand.span(tier)
             assert lo == hi or (wanted(strand) >= hi and claim(strand, hi)[0] == first), "parked without a want"
+    _check_names(tree, strands)
     _check_wants(tree, strands)
     if leases is not None:
         _check_leases(tree, strands, [lease for lease in leases if not lease.released], copies)
@@ -85,6 +87,15 @@ def _check_keys(tree: Tree, strand: Strand, digests: dict[Strand, list[bytes]]) 
         own.append(digest)
     digests[strand] = own
     assert b"".join(own).startswith(strand.keys), "a wrong key"
+    assert not strand.keys or strand.key(-1), "a key without the one before"
+
+
+def _check_names(tree: Tree, strands: list[Strand]) -> None:
+    """Verify that every known key names a strand that has it, and nothing else does."""
+    if tree.names:
+        keys = [(strand.key(block), id(strand)) for strand in strands for block in range(strand.num_keys)]
+        found = [(key, id(strand)) for key, named in tree.names.items() for strand in named]
+        assert sorted(found) == sorted(keys), "names are not the keys that are known"
 
 
 def _check_holding(tree: Tree, strand: Strand, tier: int, holding: Holding | None) -> None:
@@ -168,10 +179,10 @@ def _places(holding: Holding) -> list[int]:
 
 
 def memory_bytes(tree: Tree) -> int:
-    """Bytes of all strands, of what hangs on them and of the order of history: objects, numbers, dict tables."""
+    """Bytes of all strands, of what hangs on them, of the order of history and of names: objects, numbers, dict tables."""
     seen: set[int] = set()
     total = 0
-    stack: list[object] = [tree.roots, tree.history._heap, tree.history._live]
+    stack: list[object] = [tree.roots, tree.history._heap, tree.history._live, tree.names]
     while stack:
         thing = stack.pop()
         if id(thing) in seen or thing is None:
@@ -182,6 +193,6 @@ def memory_bytes(tree: Tree) -> int:
             stack += [*thing.keys(), *thing.values()]
         elif isinstance(thing, list | tuple):
             stack += thing
-        elif isinstance(thing, Strand | Holding | Fork | Steps):
+        elif isinstance(thing, Strand | Holding | Fork | Steps | Names):
             stack += [getattr(thing, name) for name in thing.__slots__]
     return total

@@ -82,11 +82,7 @@ def _parts(strand: Strand, end: int) -> Iterator[Known]:
     """The leading blocks of a strand, wherever something changes a new part; numbered along the path."""
     bounds = {0, end}
     for holding in strand.holdings:
-        at = 0
-        while holding and (at := holding.first(at, end)) < end:
-            bounds.add(at)
-            at = holding.run(at, end)
-            bounds.add(at)
+        bounds.update(*(holding.runs(0, end) if holding else ()))
     for lo, hi, _ in strand.fates or ():
         bounds |= {lo, hi} if hi <= end else {lo, end} if lo < end else set()
     lo = 0

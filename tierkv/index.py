@@ -6,31 +6,49 @@
     spill, evict, drop     what to copy down next; what to forget
     want                   what to forget last
     explain                what is held where, and how what is not held left
+    presence, trace        what is held of blocks that are asked for by key, where the index is `named`
+    purge                  forget namespaces, or what was not used for long
 
 Every public method takes the lock itself and does nothing slow inside: no I/O, no hashing. Whatever happens between two
 steps leaves a miss: a copy that is never committed is a block the tier does not hold. No clock but a count of uses; times
 are what callers tell.
-Structure: strands.py, paths.py, tree.py; invariants: audit.py; figures: bench/bench_index.py.
+Structure: strands.py, paths.py, tree.py, names.py; invariants: audit.py; figures: bench/bench_index.py.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from math import inf
 from threading import Lock
 
 from tierkv import audit, fates
 from tierkv.fates import Known
 from tierkv.hints import NO_HINTS, Ending, Hints
-from tierkv.keys import Key, chain
-from tierkv.lease import MAX_TIERS, Copy, Head, Lease, Match, Reservation, outcomes, ranges
+from tierkv.keys import KEY_BYTES, Key
+from tierkv.lease import Copy, Head, Lease, Match, Purged, Reservation, Traced, outcomes, ranges
+from tierkv.names import Listener, Names
 from tierkv.policies.base import Observer, Use
+from tierkv.purge import purge
 from tierkv.recovery import Recovery
 from tierkv.rooms import IndexStats, Room, TierSpec, TierStats
-from tierkv.strands import Strand
+from tierkv.strands import MAX_TIERS, Strand
 from tierkv.tiers.base import Run
 from tierkv.tree import Tree
 from tierkv.wants import Want
 
-__all__ = ["Copy", "Head", "Index", "IndexStats", "Lease", "Match", "Reservation", "TierSpec", "TierStats", "Want"]
+__all__ = [
+    "Copy",
+    "Head",
+    "Index",
+    "IndexStats",
+    "Lease",
+    "Listener",
+    "Match",
+    "Purged",
+    "Reservation",
+    "TierSpec",
+    "TierStats",
+    "Traced",
+    "Want",
+]
 
 
 class Index:
@@ -38,8 +56,8 @@ class Index:
 
     Tiers are numbered by position, fastest first, at most 4.  observer: sees every use; blocks that `restore` brought are
     new to it when they are first used.  history_blocks: blocks that no tier holds and nothing needs, known all the same,
-    the last used ones. Raises ValueError for what no caller may do: giving back a place that was not taken, blocks that
-    are not whole.
+    the last used ones.  named: blocks are found by key, too, as far as keys are known.  listener: hears what tiers hold.
+    Raises ValueError for what no caller may do: giving back a place that was not taken, blocks that are not whole.
     """
 
     def __init__(
@@ -49,13 +67,22 @@ class Index:
         tiers: Sequence[TierSpec],
         observer: Observer | None = None,
         history_blocks: int = 0,
+        named: bool = False,
+        listener: Listener | None = None,
     ) -> None:
         if not 1 <= len(tiers) <= MAX_TIERS:
             raise ValueError(f"{len(tiers)} tiers: an index has 1 to {MAX_TIERS}")
         if history_blocks < 0:
             raise ValueError(f"a history of {history_blocks} blocks: 0 or more is expected")
         self.block_tokens = block_tokens
-        self._tree = Tree(block_tokens=block_tokens, tiers=tiers, observer=observer, history_blocks=history_blocks)
+        self._tree = Tree(
+            block_tokens=block_tokens,
+            tiers=tiers,
+            observer=observer,
+            history_blocks=history_blocks,
+            names=Names() if named else None,
+            listener=listener,
+        )
         self._lock = Lock()
         self._serial = 0
         self._num_wants = 0
@@ -138,6 +165,37 @@ class Index:
             lease._take_head(Head(*head), source)
         return lease
 
+    def presence(self, keys: bytes) -> bytes:
+        """Tell of every key, 32 bytes each, which tier is the fastest to hold its block: a byte, 1 + its number; 0: none.
+
+        Quick where consecutive keys are those of a path. Changes nothing, pins nothing.
+        """
+        known = self._named(keys)
+        with self._lock:
+            return bytes(known.presence(keys))
+
+    def trace(self, keys: bytes) -> list[Traced]:
+        """Lease the blocks that are known by these keys, held or not, one lease for as many as follow each other on a path.
+
+        Each is about its blocks [lo, num_blocks), pinned in every tier that is the fastest for some of them; what is above
+        `lo` is kept, too. In order; keys that are not known are not covered. It counts as no use.
+        """
+        known = self._named(keys)
+        traced = []
+        with self._lock:
+            for position, lo, strand, end, tiers in known.stretches(keys):
+                self._serial += 1
+                lease = Lease(self, self._serial, strand.root, strand, end, tiers, lo=lo)
+                traced.append(Traced(position, lease))
+        return traced
+
+    def _named(self, keys: bytes) -> Names:
+        if len(keys) % KEY_BYTES:
+            raise ValueError(f"{len(keys)} bytes of keys: whole keys of {KEY_BYTES} are expected")
+        if not self._tree.names:
+            raise ValueError("this index finds no blocks by key: it is to be made with named=True")
+        return self._tree.names
+
     def want(self, root: Key, tokens: bytes) -> Want:
         """Let the blocks of a queued request be forgotten last, in every tier, and after those of requests queued before.
 
@@ -200,8 +258,8 @@ class Index:
                     tree.observer.extend(strand, end - count + known, end, lease.use)
             segments = tree.segments(strand, end, start, start + count)
             for part, lo, hi in segments if keys else ():
-                if part.num_keys == lo:
-                    part.keys += b"".join((keys or ())[part.depth + lo - start : part.depth + hi - start])
+                if part.num_keys == lo and part.key(lo - 1):  # never a key without the one before
+                    tree.name(part, b"".join((keys or ())[part.depth + lo - start : part.depth + hi - start]))
             tree.use(strand, end)
             tiers = lease._tiers
             if tier is not None:
@@ -257,6 +315,15 @@ class Index:
             evicted = self._tree.evict(tier, self._tree.rooms[tier].held if n is None else n, victims)
             return Reservation(tier, 0, [], victims, evicted)
 
+    def purge(self, *, roots: Collection[Key] | None, until: float = inf) -> Purged:
+        """Forget in every tier what nothing pins of these namespaces (None: of all), tails first.
+
+        until: only blocks that were not used after this time of `clock`; infinite: all, and their history, so that nothing
+        but what something keeps stays known. The room is free. Takes the time that a walk over these namespaces takes.
+        """
+        with self._lock:
+            return purge(self._tree, roots, until)
+
     # -- copies ----------------------------------------------------------------------------------------------------
 
     def begin_copy(self, lease: Lease, tier: int, lo: int, hi: int, *, worth: float | None = None) -> Copy | None:
@@ -279,30 +346,8 @@ class Index:
                         wanted.append((strand, first, end))
             if not wanted:
                 return None
-            last, _, last_end = wanted[-1]
-            tree.pin(last, last_end, tier)  # or the room might come from the blocks right above
             victims: list[Key] = []
-            granted: list[tuple[Strand, int, int]] = []
-            count = 0
-            for strand, a, b in wanted:
-                short = count + b - a - room.num_free
-                if short > 0:
-                    own = room.policy.worth(strand, b - 1) if worth is None else worth
-                    tree.evict(tier, short, victims, below=own)
-                end = min(b, a + room.num_free - count)
-                if end > a:
-                    granted.append((strand, a, end))
-                    count += end - a
-                if end < b:
-                    break
-            if granted:
-                strand, _, end = granted[-1]
-                tree.grip(strand, end)
-                tree.pin(strand, end, tier)
-                room.pinned += strand.depth + end
-            for strand, a, b in granted:
-                tree.expect(strand, a, b, tier)
-            tree.unpin(last, last_end, tier)
+            granted = tree.grant(tier, wanted, victims, worth=worth)
             if not granted:
                 return None
             blocks = [block for strand, a, b in granted for block in range(strand.depth + a, strand.depth + b)]
@@ -397,9 +442,24 @@ class Index:
             found, popped = tree.next_down(tier, below, n, within=within, until=until)
             for strand, lo, hi in found:
                 self._serial += 1
-                leases.append(Lease(self, self._serial, _root(strand), strand, hi, 1 << tier, lo=strand.depth + lo))
+                leases.append(Lease(self, self._serial, strand.root, strand, hi, 1 << tier, lo=strand.depth + lo))
             for strand in popped:
                 tree.offer(strand, tier)
+        return leases
+
+    def keep_all(self, tier: int, below: int | None) -> list[Lease]:
+        """Lease every block that `tier` holds and `below` neither holds nor expects (None: all), parents first.
+
+        Each lease is about its blocks [lo, num_blocks), as those of `spill`. O(strands), under the lock: for a whole tier on
+        request, where `spill` tells what goes next, which of a branching path is its ends alone.
+        """
+        tree = self._tree
+        leases: list[Lease] = []
+        with self._lock:
+            for strand in tree.strands():
+                for lo, hi in tree.held_not_below(strand, tier, below):
+                    self._serial += 1
+                    leases.append(Lease(self, self._serial, strand.root, strand, hi, 1 << tier, lo=strand.depth + lo))
         return leases
 
     @property
@@ -437,52 +497,24 @@ class Index:
         with self._lock:
             return list(self._tree.roots)
 
-    # -- keys, figures, checks -------------------------------------------------------------------------------------
+    # -- figures, checks -----------------------------------------------------------------------------------------------
 
-    def _keys(self, segments: list[tuple[Strand, int, int]], start: int) -> list[Key]:
-        """Keys of the path that `segments` cover from its first block on, without the first `start`."""
-        size = self._tree.block_bytes
-        work = []
+    def held_by_root(self) -> dict[Key, int]:
+        """Count the blocks of each namespace that some tier holds; of one that several hold, most of them once. O(strands)."""
+        found: dict[Key, int] = {}
         with self._lock:
-            for strand, _, end in segments:
-                known = strand.num_keys
-                if known < end:
-                    work.append((strand, known, strand.key(known - 1), bytes(strand.tok[known * size : end * size])))
-        if work:
-            hashed: list[tuple[Strand, int, bytes, list[Key]]] = []
-            for strand, known, parent, tokens in work:
-                # A key that is not known yet is the last one hashed: it ends the strand part above.
-                keys = chain(parent or hashed[-1][3][-1], tokens, block_tokens=self.block_tokens)
-                hashed.append((strand, known, tokens, keys))
-            with self._lock:
-                for strand, known, tokens, keys in hashed:
-                    # Another thread may have been here, or the lease was released: never keep keys of other tokens.
-                    if known <= strand.num_keys < known + len(keys) and strand.tok.startswith(tokens, known * size):
-                        strand.keys += b"".join(keys[strand.num_keys - known :])
-        found: list[Key] = []
-        with self._lock:
-            for strand, _, end in segments:
-                if strand.num_keys < end:
-                    raise LookupError("keys of a lease that was released meanwhile")
-                found += [strand.key(block) for block in range(max(start - strand.depth, 0), end)]
+            for key, root in self._tree.roots.items():
+                held = (
+                    max((of.count for of in strand.holdings if of), default=0) for strand in self._tree.strands([root])
+                )
+                found[key] = sum(held)
         return found
 
     def stats(self) -> IndexStats:
         """Count everything, in O(tiers)."""
         tree = self._tree
         with self._lock:
-            tiers = tuple(
-                TierStats(
-                    name=room.name,
-                    capacity=room.capacity,
-                    used=room.held + room.taken,
-                    held=room.held,
-                    available=room.num_free + max(room.held - room.pinned, 0),
-                    evicted=room.evicted,
-                    lost=room.lost,
-                )
-                for room in tree.rooms
-            )
+            tiers = tuple(room.stats() for room in tree.rooms)
             return IndexStats(tiers, tree.num_strands, tree.num_blocks, sum(self._live.values()), tree.num_past)
 
     def memory_bytes(self) -> int:
@@ -497,9 +529,3 @@ class Index:
         """
         with self._lock:
             audit.check(self._tree, None if leases is None else list(leases), list(copies or ()))
-
-
-def _root(strand: Strand) -> Key:
-    while strand.parent:
-        strand = strand.parent
-    return Key(bytes(strand.keys))

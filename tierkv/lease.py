@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from tierkv import names
 from tierkv.keys import Key
 from tierkv.policies.base import Use
-from tierkv.strands import Holding, Strand
+from tierkv.strands import MAX_TIERS, Holding, Strand
 from tierkv.tiers.base import Run
 
 if TYPE_CHECKING:
     from tierkv.index import Index
 
-MAX_TIERS: Final = 4
 BITS: Final = tuple(tuple(tier for tier in range(MAX_TIERS) if bits >> tier & 1) for bits in range(1 << MAX_TIERS))
 """Tiers of a bit set."""
 
@@ -53,6 +53,24 @@ class Reservation:
     places: list[int]
     victims: list[Key]
     evicted: int
+
+
+class Purged(NamedTuple):
+    """What was forgotten on request. evicted: blocks, by tier.
+
+    victims: keys that the caller must delete from the tiers without places before it writes there; tier after tier, of each
+    as many as `evicted` says.
+    """
+
+    evicted: tuple[int, ...]
+    victims: list[Key]
+
+
+class Traced(NamedTuple):
+    """Known blocks of a query of keys: the lease's [lo, num_blocks), whose keys stand there from `position` on."""
+
+    position: int
+    lease: "Lease"
 
 
 @dataclass(slots=True)
@@ -203,12 +221,10 @@ class Lease:
     def held(self, tier: int, lo: int, hi: int) -> list[tuple[int, int]]:
         """Ranges of [lo, hi) that the tier holds now; `places` pins them, or says that they have gone."""
         with self._index._lock:
-            found = []
+            found: list[tuple[int, int]] = []
             for strand, a, b in self._segments(lo, hi):
                 holding, depth = strand.holdings[tier], strand.depth
-                while holding and (first := holding.first(a, b)) < b:
-                    a = holding.run(first, b)
-                    found.append((depth + first, depth + a))
+                found += [(depth + lo, depth + hi) for lo, hi in (holding.runs(a, b) if holding else ())]
             return _joined(found)
 
     def second_use(self, tier: int | None) -> list[tuple[int, int]]:
@@ -223,7 +239,7 @@ class Lease:
         """Keys of blocks [lo, hi), hashed when first asked for, outside the lock. Safe from any thread."""
         with self._index._lock:
             segments = self._segments(0, hi)
-        return self._index._keys(segments, lo)
+        return names.keys(self._index._tree, segments, lo, self._index._lock)
 
     def run(self, lo: int, hi: int) -> Run:
         """Blocks [lo, hi) as tiers at rest are given them."""
@@ -241,7 +257,7 @@ class Lease:
             segments = index._tree.segments(strand, block + 1, 0, depth + 1)
             size = index._tree.block_bytes
             tokens = bytes(strand.tok[block * size : (block + 1) * size])
-        *parents, key = index._keys(segments, max(depth - 1, 0))
+        *parents, key = names.keys(index._tree, segments, max(depth - 1, 0), index._lock)
         return Run(self.root, parents[0] if parents else self.root, depth, (key,), tokens)
 
     # -- changing what is kept -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Final
 from tierkv import fates
 from tierkv.keys import KEY_BYTES, Key
 from tierkv.layout import TOKEN_BYTES
+from tierkv.names import Names
 from tierkv.policies.base import Observer
 from tierkv.policies.lru import LruPolicy
 from tierkv.strands import HISTORY, Fork, Strand, agree, common, same
@@ -25,10 +26,19 @@ class Paths:
     """Strands by namespace. `num_strands` and `num_blocks` (ghosts included) count them, roots apart.
 
     num_past: blocks that nothing needs, at most `history_blocks`.  clock: counts uses.  now_s: the latest time that a caller
-    told.
+    told.  names: every key that is known, if blocks are to be found by key.
     """
 
-    def __init__(self, *, block_tokens: int, num_tiers: int, observer: Observer | None, history_blocks: int) -> None:
+    def __init__(
+        self,
+        *,
+        block_tokens: int,
+        num_tiers: int,
+        observer: Observer | None,
+        history_blocks: int,
+        names: Names | None,
+    ) -> None:
+        self.block_tokens = block_tokens
         self.block_bytes = block_tokens * TOKEN_BYTES
         self.num_tiers = num_tiers
         self.roots: dict[Key, Strand] = {}
@@ -40,6 +50,7 @@ class Paths:
         self.num_past = 0
         self.history_blocks = history_blocks
         self.history = LruPolicy(tier=HISTORY)
+        self.names = names
 
     # -- finding ---------------------------------------------------------------------------------------------------
 
@@ -228,6 +239,12 @@ class Paths:
             strand, end = parent, at
 
     def trim(self, strand: Strand) -> None:
+        """As `spare`, and forget what is too much history then."""
+        self.spare(strand)
+        if self.num_past > self.history_blocks:
+            self.bound_history()
+
+    def spare(self, strand: Strand) -> None:
         """See what nothing needs any more: the tail of this strand, then of its parents. It becomes history."""
         while strand.parent and strand.size:  # none: it has been taken off before
             before = strand.size - strand.past
@@ -249,7 +266,10 @@ class Paths:
             if needed:
                 break
             strand = strand.parent
-        self._drop_root(strand)
+        self.drop_root(strand)
+
+    def bound_history(self) -> None:
+        """Forget the oldest history, as much as is too much."""
         while self.num_past > self.history_blocks:
             victim = self.history.pop()
             assert victim and isinstance(victim.strand, Strand)
@@ -279,11 +299,18 @@ class Paths:
         elif parent.parent:
             self.history.offer(parent)
         else:
-            self._drop_root(parent)
+            self.drop_root(parent)
+
+    def cut_past(self, strand: Strand) -> None:
+        """Take what is history of a strand, and has nothing hanging on it, out of the tree."""
+        self._cut(strand, strand.size - strand.past)
+        self.history.withdraw(strand)
 
     def _cut(self, strand: Strand, size: int) -> None:
         """Take the blocks from `size` on, which are all history, out of the tree."""
         gone = strand.size - size
+        if self.names:
+            self.names.remove(strand, size)
         self.num_blocks -= gone
         self.num_past -= gone
         strand.past -= gone
@@ -303,14 +330,14 @@ class Paths:
         if self.observer:
             self.observer.gone(strand, size)
 
-    def _drop_root(self, strand: Strand) -> None:
+    def drop_root(self, strand: Strand) -> None:
         """Forget a namespace that nothing hangs on."""
         if not strand.parent and not strand.children and not strand.holds:
             self.roots.pop(Key(bytes(strand.keys)), None)
 
-    def strands(self) -> Iterator[Strand]:
-        """Every strand but the roots, parents first."""
-        stack = [child for root in self.roots.values() for child in root.offspring()]
+    def strands(self, roots: Iterable[Strand] | None = None) -> Iterator[Strand]:
+        """Every strand but the roots, parents first; those of all roots, or of these."""
+        stack = [child for root in (self.roots.values() if roots is None else roots) for child in root.offspring()]
         while stack:
             strand = stack.pop()
             yield strand

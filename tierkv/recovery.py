@@ -65,7 +65,7 @@ class Recovery:
         for part, lo, hi in tree.segments(last, last_end, start, last.depth + last_end):
             end = self._hold(part, lo, hi)
             self._touched[part] = None
-            part.keys += b"".join(run.keys[part.depth + part.num_keys - start : part.depth + end - start])
+            tree.name(part, b"".join(run.keys[part.depth + part.num_keys - start : part.depth + end - start]))
             placed.append((part, lo, end))
             count = part.depth + end - start
             if end < hi:

@@ -73,6 +73,18 @@ class Room:
         """Blocks that may be taken now."""
         return self.capacity - self.held - self.taken
 
+    def stats(self) -> TierStats:
+        """Count what is here."""
+        return TierStats(
+            name=self.name,
+            capacity=self.capacity,
+            used=self.held + self.taken,
+            held=self.held,
+            available=self.num_free + max(self.held - self.pinned, 0),
+            evicted=self.evicted,
+            lost=self.lost,
+        )
+
     def take(self, count: int) -> list[int]:
         """Take `count` of the free places, adjacent ones where possible."""
         self.taken += count

@@ -22,6 +22,7 @@ ABSENT: Final = 0
 HELD: Final = 1
 PENDING: Final = 2
 """State of a block in a tier; a byte each, searched with `find`."""
+MAX_TIERS: Final = 4
 HISTORY: Final = -1
 """Stands for a tier where a strand is asked what may be taken out of the tree, by those who can order a tier."""
 _STATES: Final = tuple(bytes((kind,)) for kind in (ABSENT, HELD, PENDING))
@@ -124,6 +125,13 @@ class Holding:
         """The first held block in [lo, hi), or `hi`."""
         at = self.state.find(HELD, lo, hi)
         return at if at >= 0 else hi
+
+    def runs(self, lo: int, hi: int) -> Iterator[tuple[int, int]]:
+        """Ranges of [lo, hi) that are held."""
+        while (lo := self.first(lo, hi)) < hi:
+            end = self.run(lo, hi)
+            yield lo, end
+            lo = end
 
     def absent(self, lo: int, hi: int) -> Iterator[tuple[int, int]]:
         """Ranges of [lo, hi) that are neither held nor pending."""
@@ -370,6 +378,14 @@ class Strand:
         if self.parent is None:
             return Key(bytes(self.keys))
         return self.parent.key(self.at - 1)
+
+    @property
+    def root(self) -> Key:
+        """The root of its namespace."""
+        strand = self
+        while strand.parent:
+            strand = strand.parent
+        return Key(bytes(strand.keys))
 
     @property
     def num_keys(self) -> int:

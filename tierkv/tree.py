@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from math import inf
 
 from tierkv import fates
-from tierkv.keys import Key
+from tierkv.keys import KEY_BYTES, Key
+from tierkv.names import Listener, Names
 from tierkv.paths import Paths
 from tierkv.policies.base import Observer, Victim
 from tierkv.rooms import Room, TierSpec
@@ -28,10 +29,17 @@ class Tree(Paths):
         tiers: Sequence[TierSpec],
         observer: Observer | None = None,
         history_blocks: int = 0,
+        names: Names | None = None,
+        listener: Listener | None = None,
     ) -> None:
         super().__init__(
-            block_tokens=block_tokens, num_tiers=len(tiers), observer=observer, history_blocks=history_blocks
+            block_tokens=block_tokens,
+            num_tiers=len(tiers),
+            observer=observer,
+            history_blocks=history_blocks,
+            names=names,
         )
+        self.listener = listener
         self.rooms = [Room(spec) for spec in tiers]
         self.learners = [(tier, spec.policy) for tier, spec in enumerate(tiers) if spec.policy.learns]
         self.wants: dict[int, Want] = {}
@@ -119,6 +127,39 @@ class Tree(Paths):
         """Blocks [lo, hi) are on their way to the tier; the caller has pinned a path that covers them."""
         self._holding(strand, tier).mark(lo, hi, PENDING)
 
+    def grant(
+        self, tier: int, wanted: list[tuple[Strand, int, int]], victims: list[Key], *, worth: float | None
+    ) -> list[tuple[Strand, int, int]]:
+        """Expect in the tier the leading blocks of a path's ranges that there is room for, or that it makes room for.
+
+        Returns them; their end is gripped and pinned. worth: see `Index.begin_copy`. For `victims` see `evict`.
+        """
+        room = self.rooms[tier]
+        last, _, last_end = wanted[-1]
+        self.pin(last, last_end, tier)  # or the room might come from the blocks right above
+        granted: list[tuple[Strand, int, int]] = []
+        count = 0
+        for strand, lo, hi in wanted:
+            short = count + hi - lo - room.num_free
+            if short > 0:
+                own = room.policy.worth(strand, hi - 1) if worth is None else worth
+                self.evict(tier, short, victims, below=own)
+            end = min(hi, lo + room.num_free - count)
+            if end > lo:
+                granted.append((strand, lo, end))
+                count += end - lo
+            if end < hi:
+                break
+        if granted:
+            strand, _, end = granted[-1]
+            self.grip(strand, end)
+            self.pin(strand, end, tier)
+            room.pinned += strand.depth + end
+        for strand, lo, hi in granted:
+            self.expect(strand, lo, hi, tier)
+        self.unpin(last, last_end, tier)
+        return granted
+
     def hold(self, strand: Strand, lo: int, hi: int, tier: int, places: Sequence[int]) -> None:
         """The tier holds blocks [lo, hi), in places taken before; the caller has pinned a path that covers them."""
         room = self.rooms[tier]
@@ -134,6 +175,21 @@ class Tree(Paths):
             room.policy.record(strand, lo, hi, self.clock)
         if not was_alive:
             self._wake(strand, tier)
+        if self.listener is not None:
+            self._tell_stored(self.listener, strand, lo, hi, tier)
+
+    def name(self, strand: Strand, keys: bytes) -> None:
+        """The strand's next blocks have these keys."""
+        known = strand.num_keys
+        strand.keys += keys
+        if not strand.size:
+            return  # it has been taken off; whoever asked for the keys may have them, but they name nothing
+        if self.names:
+            self.names.add(strand, keys)
+        if self.listener is not None:
+            for tier, holding in enumerate(strand.holdings):
+                for lo, hi in holding.runs(known, strand.num_keys) if holding else ():
+                    self._tell_stored(self.listener, strand, lo, hi, tier)
 
     def fill(
         self,
@@ -163,9 +219,26 @@ class Tree(Paths):
         holding.mark(lo, hi, ABSENT)
         if held:
             self.rooms[tier].empty(places, hi - lo)
+            if self.listener is not None:
+                self._tell_removed(self.listener, strand, lo, hi, tier)
         self._changed(strand, tier)
         self.trim(strand)
         return places
+
+    def clear(self, strand: Strand, lo: int, hi: int, tier: int, victims: list[Key]) -> None:
+        """The tier does not hold blocks [lo, hi) any more, and their places are free.
+
+        Keys of blocks that are not placed are added to `victims`. The caller looks at what needs them still.
+        """
+        room, holding = self.rooms[tier], strand.holdings[tier]
+        assert holding
+        if not room.placed:
+            victims.extend(strand.key(block) for block in range(lo, hi))
+        room.clear(holding.places[lo:hi] if holding.places is not None else (), hi - lo)
+        holding.mark(lo, hi, ABSENT)
+        if self.listener is not None:
+            self._tell_removed(self.listener, strand, lo, hi, tier)
+        self._changed(strand, tier)
 
     def evict(self, tier: int, count: int, victims: list[Key], *, below: float = inf) -> int:
         """Forget up to `count` blocks in the order of the tier's policy, as long as they are worth less than `below`.
@@ -184,17 +257,11 @@ class Tree(Paths):
             lo = max(lo, hi - min(victim.blocks, count - done))
             if lo == hi:
                 continue
-            if not room.placed:
-                victims.extend(strand.key(block) for block in range(lo, hi))
             room.lost += self._only(strand, lo, hi, tier)
             room.evicted += hi - lo
             done += hi - lo
             room.policy.forgot(strand, hi - lo)
-            holding = strand.holdings[tier]
-            assert holding
-            room.clear(holding.places[lo:hi] if holding.places is not None else (), hi - lo)
-            holding.mark(lo, hi, ABSENT)
-            self._changed(strand, tier)
+            self.clear(strand, lo, hi, tier, victims)
             self.trim(strand)
             self.note(strand, lo, hi, tier, room.policy.name)
         return done
@@ -248,6 +315,13 @@ class Tree(Paths):
                     break
         return found, popped
 
+    @staticmethod
+    def held_not_below(strand: Strand, tier: int, below: int | None) -> list[tuple[int, int]]:
+        """Ranges of a strand's blocks that `tier` holds and `below` neither holds nor expects (None: all), first to last."""
+        holding = strand.holdings[tier]
+        held = holding.runs(0, strand.size) if holding else ()
+        return [part for lo, hi in held for part in reversed(_absent(strand, lo, hi, below))]
+
     def _goes_with(
         self, strand: Strand, blocks: int, tier: int, below: int | None
     ) -> Iterator[tuple[Strand, int, int]]:
@@ -272,6 +346,18 @@ class Tree(Paths):
             if lo == hi or parent.stamp(hi - 1) != strand.stamp(0):
                 return
             strand, tail = parent, max(lo, parent.stamp_start(hi - 1))
+
+    def _tell_stored(self, listener: Listener, strand: Strand, lo: int, hi: int, tier: int) -> None:
+        """Tell of blocks [lo, hi) that the tier holds now, as far as their keys are known."""
+        hi, size = min(hi, strand.num_keys), self.block_bytes
+        if lo < hi:
+            keys, tokens = strand.keys[lo * KEY_BYTES : hi * KEY_BYTES], strand.tok[lo * size : hi * size]
+            listener.stored(tier, strand.key(lo - 1), strand.depth + lo, bytes(keys), bytes(tokens))
+
+    def _tell_removed(self, listener: Listener, strand: Strand, lo: int, hi: int, tier: int) -> None:
+        """Tell of blocks [lo, hi) that the tier holds no more, as far as it was told that it did."""
+        if keys := strand.keys[lo * KEY_BYTES : hi * KEY_BYTES]:
+            listener.removed(tier, bytes(keys))
 
     def _only(self, strand: Strand, lo: int, hi: int, tier: int) -> int:
         """How many blocks of [lo, hi) no other tier holds."""
