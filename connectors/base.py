@@ -83,6 +83,12 @@ class Connector(ABC):
     def release(self, request: str, *, ending: Ending = NO_ENDING) -> None:
         """The request is over: unpin. Unknown requests are fine (aborts come twice)."""
 
+    def await_prefix(self, request: str, tokens: bytes, *, deadline_s: float) -> None:  # noqa: B027 -- not every store waits
+        """Say that another engine is computing these tokens: `match` has no answer until they are here, or the time is up.
+
+        For a request that is queued and was not matched yet.
+        """
+
     def follow(self, session: str, ending: Ending) -> None:  # noqa: B027 -- not every store listens
         """Say what comes after a session's last request, where that is known only after its `release`."""
 

@@ -9,7 +9,8 @@ from tierkv.arrival import Arrival
 from tierkv.connectors.base import Hit, PagedConnector, Progress
 from tierkv.hints import NO_ENDING, NO_HINTS, Ending, Hints
 from tierkv.layout import TOKEN_BYTES
-from tierkv.store import Match, Search, Store, Visit
+from tierkv.match import Match, Search, Visit
+from tierkv.store import Store
 from tierkv.transfers import DEVICE, HOST
 
 
@@ -23,9 +24,10 @@ class _Tail:
 
 @dataclass(slots=True)
 class _Request:
-    """expected: while it waits.  visit: once it has been matched."""
+    """expected: while it waits.  prefix: what it waits for of another engine.  visit: once it has been matched."""
 
     expected: Expected | None = None
+    prefix: "Future[int] | None" = None
     visit: Visit | None = None
     search: Search | None = None
     match: Match | None = None
@@ -61,10 +63,18 @@ class EngineConnector(PagedConnector):
             self.store.cancel(state.expected)
             state.expected = None
 
+    def await_prefix(self, request: str, tokens: bytes, *, deadline_s: float) -> None:
+        """Let `match` wait for what another engine computes."""
+        state = self._requests.setdefault(request, _Request())
+        state.prefix = self.store.await_prefix(tokens, deadline_s=deadline_s)
+
     def match(self, request: str, tokens: bytes, *, hints: Hints = NO_HINTS) -> Hit | None:
-        """Find and pin; None while a shared tier is being asked."""
+        """Find and pin; None while a shared tier is being asked, or another engine computes the prompt."""
         state = self._requests.setdefault(request, _Request())
         self._unpin(state)
+        if state.prefix is not None and not state.prefix.done():
+            self._await(state, tokens)
+            return None
         if state.search is None or state.search.tokens != tokens:
             state.search = self.store.search(tokens)
         if not state.search.ready:
@@ -184,6 +194,8 @@ class EngineConnector(PagedConnector):
         elif state.visit:
             self.store.give_up(state.visit)
         self._awaited(state)
+        if state.prefix is not None:
+            state.prefix.cancel()
         self._drop_tail(state)
 
     def follow(self, session: str, ending: Ending) -> None:

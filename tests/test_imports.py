@@ -96,10 +96,23 @@ def other_tier(use: Use) -> bool:
 
 INDEX = tuple(
     f"tierkv.{part}"
-    for part in ("index", "strands", "paths", "tree", "lease", "rooms", "wants", "fates", "recovery", "audit")
+    for part in ("index", "strands", "paths", "tree", "lease", "rooms", "wants", "fates", "recovery", "audit", "names", "purge")
 )
 STORE = tuple(
-    f"tierkv.{part}" for part in ("store", "transfers", "assembly", "edges", "ahead", "pins")
+    f"tierkv.{part}"
+    for part in (
+        "store",
+        "transfers",
+        "assembly",
+        "building",
+        "edges",
+        "ahead",
+        "pins",
+        "handoff",
+        "lending",
+        "load",
+        "match",
+    )
 )  # and its parts
 TORCH = (
     "tierkv.assembly",
@@ -132,7 +145,14 @@ RULES: dict[str, Callable[[Use], bool]] = {
     "index and mover: known to the store alone": lambda use: (
         use.of("tierkv.index", "tierkv.mover")
         and not within(
-            use.module, *STORE, *INDEX, "tierkv.mover", "tierkv.testing", "tierkv.measure", "tierkv.simulate"
+            use.module,
+            *STORE,
+            *INDEX,
+            "tierkv.daemon",
+            "tierkv.mover",
+            "tierkv.testing",
+            "tierkv.measure",
+            "tierkv.simulate",
         )
     ),
     "kernels: torch and triton only": lambda use: (

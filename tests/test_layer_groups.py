@@ -47,10 +47,10 @@ def an_end() -> Iterator[None]:
 @contextmanager
 def opened(*, groups: int = 3, pages: int = 30, graphs: GraphFactory | None = None) -> Iterator[tuple[Engine, Store]]:
     """Pieces of three blocks, so that loads have several."""
-    from tierkv import assembly
+    from tierkv import building
     from tierkv.assembly import open_store
 
-    piece, assembly.MAX_PIECE_BLOCKS = assembly.MAX_PIECE_BLOCKS, 3
+    piece, building.MAX_PIECE_BLOCKS = building.MAX_PIECE_BLOCKS, 3
 
     stores: list[Store] = []
 
@@ -61,7 +61,7 @@ def opened(*, groups: int = 3, pages: int = 30, graphs: GraphFactory | None = No
             transfer=TransferConfig(layer_groups=groups),
         )
         stores.append(open_store(config, layout=layout, model=model, device=device))
-        assembly.MAX_PIECE_BLOCKS = piece
+        building.MAX_PIECE_BLOCKS = piece
         return EngineConnector(stores[0])
 
     config = EngineConfig(block_tokens=BLOCK, max_batch_tokens=16, max_sequences=4)

@@ -10,7 +10,8 @@ import pytest
 from tierkv.assembly import open_store
 from tierkv.config import Config, DeviceConfig, DiskConfig, HostConfig
 from tierkv.keys import token_bytes
-from tierkv.store import Match, Store
+from tierkv.match import Match
+from tierkv.store import Store
 from tierkv.testing import SMALL
 
 BLOCK = SMALL.block_bytes

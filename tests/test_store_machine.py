@@ -25,12 +25,14 @@ from tierkv.ahead import Ahead, Expected
 from tierkv.errors import PinError
 from tierkv.index import Lease
 from tierkv.keys import token_bytes
+from tierkv.load import Load
+from tierkv.match import Match, Search
 from tierkv.mover import Gate
 from tierkv.pins import Pin, Pins
-from tierkv.store import Match, Search, Store
+from tierkv.store import Store
 from tierkv.tiers.device import PagePool
 from tierkv.tiers.host import HostSlab
-from tierkv.transfers import DEVICE, HOST, Below, Load, Places
+from tierkv.transfers import DEVICE, HOST, Below, Places
 
 TAILS = st.lists(st.integers(0, 1), min_size=2, max_size=12)
 PIECE = 2
@@ -356,7 +358,7 @@ PLANTED = {
     "pages go to each other's places": (PagePool, "copy_out", _copies_wrong_pages),
     "host memory is written by others": (transfers, "write_down", _writes_unpinned),
     "shared pages are freed": (Store, "release", _gives_back_too_much),
-    "a failed read ahead is believed": (transfers, "_read_below", _believes_all_ahead),
+    "a failed read ahead is believed": (transfers, "read_below", _believes_all_ahead),
     "a pin lets go when it is copied": (pins, "_kept_in_host", _keeps_nothing),
     "a pin has no end": (Pins, "expire", _never_ends),
     "who is gone is wanted for ever": (Ahead, "cancel", _wants_on),

@@ -8,8 +8,8 @@ for requests that still wait is a bounded part of the host tier. A piece that fa
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from threading import Lock
-from typing import Final
+from threading import Event, Lock
+from typing import NamedTuple
 
 from tierkv.index import Lease, Want
 from tierkv.keys import Key
@@ -18,18 +18,26 @@ from tierkv.transfers import HOST, Below, Places, copy_up
 
 Found = tuple[Below, list[Key]]
 """A shared tier, and the keys that it holds after those that are known."""
-NOTHING: Final[Sequence[Key]] = ()
+
+
+class _There(NamedTuple):
+    """Keys of blocks from number `base` on, and the shared tier that holds them."""
+
+    base: int
+    below: Below
+    keys: Sequence[Key]
 
 
 class Expected:
-    """A request that waits. brought: blocks that came to the host for it."""
+    """A request that waits. brought: blocks that came to the host for it.  rests: nothing more is brought at present."""
 
     def __init__(self, tokens: bytes, want: Want) -> None:
         self.tokens, self.want = tokens, want
         self.brought = 0
-        self.base = 0  # blocks that were known when the shared tiers were asked
-        self.found: Found | None = None
+        self.rests = Event()
+        self.there: _There | None = None
         self.asked = False
+        self.announced = 0  # how often
 
 
 class Ahead:
@@ -80,6 +88,16 @@ class Ahead:
                 del self._waiting[expected]
                 self._brought -= expected.brought
             self._unfinished.pop(expected, None)
+        expected.rests.set()
+
+    def announce(self, expected: Expected, below: Below, keys: Sequence[Key], *, base: int) -> None:
+        """A shared tier holds these blocks now, from number `base` on: bring what has not come yet."""
+        with self._lock:
+            expected.there, expected.announced = _There(base, below, keys), expected.announced + 1
+            if expected in self._waiting:
+                self._unfinished[expected] = None
+                expected.rests.clear()
+        self.go_on()
 
     def close(self) -> None:
         """Cancel all."""
@@ -91,14 +109,19 @@ class Ahead:
         with self._lock:
             expected = next(iter(self._unfinished), None)
             busy = self._under_way or not self._mover.is_idle(LOAD_LANE)
-            if busy or expected is None or self._brought >= self._limit:
+            if self._brought >= self._limit:
+                for full in self._unfinished:
+                    full.rests.set()
                 return
+            if busy or expected is None:
+                return
+            expected.rests.clear()
             self._under_way = True
         if self._mover.submit(AHEAD_LANE, partial(self._run, expected), blocks=self._piece) is None:
             self._under_way = False
 
     def _run(self, expected: Expected) -> None:
-        came = 0
+        came, announced = 0, expected.announced
         try:
             if expected in self._waiting:
                 came = self._bring(expected)
@@ -108,8 +131,9 @@ class Ahead:
                 if expected in self._waiting:
                     expected.brought += came
                     self._brought += came
-                if not came:
+                if not came and announced == expected.announced:
                     self._unfinished.pop(expected, None)
+                    expected.rests.set()
         self.go_on()
 
     def _bring(self, expected: Expected) -> int:
@@ -120,17 +144,23 @@ class Ahead:
                 if tier > HOST:
                     return self._copy(self._below[tier], lease, lo, min(hi, lo + num_blocks))
             if self._ask and not expected.asked:
-                expected.base, expected.asked = lease.num_blocks, True
-                expected.found = self._ask(lease, expected.tokens)
-            below, keys = expected.found or (None, NOTHING)
-            lo, done = lease.num_blocks, lease.num_blocks - expected.base
-            keys = keys[done : done + num_blocks] if done >= 0 else NOTHING
-            if below is None or not keys:
+                expected.asked = True
+                self._learn(expected, lease.num_blocks, self._ask(lease, expected.tokens))
+            lo, there = lease.num_blocks, expected.there
+            if there is None or lo < there.base:
+                return 0
+            keys = there.keys[lo - there.base : lo - there.base + num_blocks]
+            if not keys:
                 return 0
             hi = lo + len(keys)
             tokens = expected.tokens[lo * self._block_bytes : hi * self._block_bytes]
             self._places.index.extend(lease, tokens, keys=keys)
-            return self._copy(below, lease, lo, hi)
+            return self._copy(there.below, lease, lo, hi)
+
+    def _learn(self, expected: Expected, base: int, found: Found | None) -> None:
+        with self._lock:
+            if found and not expected.announced:  # whoever announces knows of later blocks
+                expected.there = _There(base, *found)
 
     def _copy(self, below: Below, lease: Lease, lo: int, hi: int) -> int:
         if below.breaker.open:

@@ -2,12 +2,13 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from tierkv.building import below_of, make_index, make_mover, observe, open_daemon, open_disk, open_redis, piece_blocks
 from tierkv.config import CPU_PAGES, Config, cache_folder
 from tierkv.errors import ConfigError
 from tierkv.keys import Key, Namespace
@@ -18,26 +19,17 @@ from tierkv.values import hide_password
 if TYPE_CHECKING:
     import torch
 
-    from tierkv.cost import CostModel
     from tierkv.engine import Engine
     from tierkv.index import Index
     from tierkv.lookups import Lookups
     from tierkv.mover import Clock, Mover
     from tierkv.store import Store
     from tierkv.tiers.disk import DiskTier
-    from tierkv.tiers.redis import RedisTier
     from tierkv.transfers import Below
 
-PIECE_BYTES = 32 << 20
-"""Moved at a time: enough for full bandwidth from disk and network, little enough that a late load is answered soon."""
-MAX_PIECE_BLOCKS = 64
 TOUCHED_FIRST_BYTES = 2 << 30
 """A slab up to this size is made present before anything is served: seconds at worst, and the first load from disk into memory
 that is only being touched took 1.3-2.1 s instead of 0.2 s for 160 MiB (`make demo`, 2-core Intel Xeon VM, 2026-11-22)."""
-PIECE_THREADS = 2
-"""One piece is verified while the next is read: 0.8 of the disk's speed becomes 0.9 (bench/bench_disk.py)."""
-NODE_THREADS = 4
-"""Nodes of a cluster that are talked to at once."""
 
 
 def open_store(
@@ -73,7 +65,7 @@ def open_store(
         raise ConfigError("device.capacity is off: set it, since nothing here knows what else this GPU is to hold")
     cuda = open_cuda(on.index or 0) if on.type == "cuda" else None
     num_pages, num_host = capacity // layout.block_bytes, config.host.capacity // layout.block_bytes
-    piece = max(1, min(MAX_PIECE_BLOCKS, PIECE_BYTES // layout.block_bytes))
+    piece = piece_blocks(layout)
     spares: SimpleQueue[list[int]] = SimpleQueue()
     for at in range(transfer.load_threads):
         spares.put(list(range(num_host + at * piece, num_host + (at + 1) * piece)))
@@ -85,28 +77,32 @@ def open_store(
         calibration = folder / "copies.json" if (folder := cache_folder()) else None
         pool = page_pool(layout=layout, num_pages=num_pages, device=on, cuda=cuda, calibration=calibration)
         opened.callback(pool.close)
-        mover = _mover(config, metrics)
+        mover = make_mover(config, metrics)
         opened.callback(mover.close)
         if host.num_places * host.stride <= TOUCHED_FIRST_BYTES:
             deque(host.touch(), maxlen=0)
         mover.background("pin", host.pin(cuda.host_register, cuda.host_unregister) if cuda else host.touch())
         metrics.host_pinned_bytes.read_from(lambda: float(host.pinned_bytes))
         below = []
-        disk = _disk(config, layout, metrics, mover)
+        disk = open_disk(config, layout, metrics, mover)
         if disk:
             opened.callback(disk.close)
-            below.append(_below(config, metrics, clock, disk, place=str(disk.path), number=2))
-        redis = _redis(config, layout, metrics, mover, clock)
+            below.append(below_of(config, metrics, clock, disk, place=str(disk.path), number=2))
+        redis = open_redis(config, layout, metrics, mover, clock)
         if redis:
             opened.callback(redis.close)
             below.append(
-                _below(config, metrics, clock, redis, place=hide_password(config.redis.url or ""), number=None)
+                below_of(config, metrics, clock, redis, place=hide_password(config.redis.url or ""), number=None)
             )
-        sizes = {"device": num_pages, "host": num_host} | ({"disk": disk.num_slots} if disk else {})
-        index = _index(config, layout, cost, sizes)
-        _observe(metrics, index)
         namespace = Namespace(model, layout, tenant=config.store.tenant)
         root = namespace.root(config.secret())
+        daemon = open_daemon(config, metrics, clock, namespace, root, device_bytes=num_pages * layout.block_bytes)
+        if daemon:
+            opened.callback(daemon.close)
+            below.append(below_of(config, metrics, clock, daemon, place=daemon.url, number=None))
+        sizes = {"device": num_pages, "host": num_host} | ({"disk": disk.num_slots} if disk else {})
+        index = make_index(config, layout, cost, sizes)
+        observe(metrics, index)
         if disk:
             disk.introduce(root, namespace)
         if redis:
@@ -181,69 +177,6 @@ def open_engine(name: "str | Path", config: Config | None = None) -> "Iterator[t
         yield engine, stores[0]
 
 
-def _disk(config: Config, layout: Layout, metrics: Metrics, mover: "Mover") -> "DiskTier | None":
-    if config.disk.path is None:
-        return None
-    from tierkv.tiers.disk import DiskTier
-
-    return DiskTier(
-        config.disk.path,
-        layout=layout,
-        capacity_bytes=config.disk.capacity,
-        metrics=metrics,
-        executor=mover.helpers("disk-pieces", threads=PIECE_THREADS),
-    )
-
-
-def _redis(config: Config, layout: Layout, metrics: Metrics, mover: "Mover", clock: "Clock") -> "RedisTier | None":
-    options = config.redis
-    if options.url is None:
-        return None
-    from tierkv.tiers.redis import RedisTier
-
-    return RedisTier(
-        options.url,
-        layout=layout,
-        metrics=metrics,
-        codec=options.codec,
-        ttl_s=options.ttl_s,
-        prefix=options.prefix,
-        deadline_s=options.deadline_s,
-        executor=mover.helpers("redis-nodes", threads=NODE_THREADS),
-        down_after=config.transfer.down_after,
-        down_s=config.transfer.down_s,
-        clock=clock,
-    )
-
-
-def _below(
-    config: Config, metrics: Metrics, clock: "Clock", tier: "DiskTier | RedisTier", *, place: str, number: int | None
-) -> "Below":
-    from tierkv.mover import Breaker
-    from tierkv.transfers import Below
-
-    transfer = config.transfer
-    breaker = Breaker(tier.name, metrics=metrics, clock=clock, failures=transfer.down_after, first_s=transfer.down_s)
-    return Below(tier, place, number, getattr(config, tier.name).copy_down, breaker)
-
-
-def _index(config: Config, layout: Layout, cost: "CostModel", sizes: dict[str, int]) -> "Index":
-    from tierkv import policies
-    from tierkv.index import Index, TierSpec
-    from tierkv.transfers import HOST
-
-    names = [getattr(config, name).policy for name in sizes]
-    made, observer = policies.build(names, capacities=list(sizes.values()), cost=cost, objective=config.store.objective)
-    specs = [
-        TierSpec(name=name, capacity_blocks=capacity, placed=number <= HOST, policy=policy)
-        for number, ((name, capacity), policy) in enumerate(zip(sizes.items(), made, strict=True))
-    ]
-    history = config.store.history_blocks
-    if history is None:
-        history = policies.history_blocks(list(sizes.values()))
-    return Index(block_tokens=layout.block_tokens, tiers=specs, observer=observer, history_blocks=history)
-
-
 def _lookups(
     config: Config,
     namespace: Namespace,
@@ -288,35 +221,3 @@ def _lookups(
         recorder=recorder,
         note=disk.note if disk else None,
     )
-
-
-def _mover(config: Config, metrics: Metrics) -> "Mover":
-    from tierkv.lookups import MAX_WAITING, RECORD_LANE
-    from tierkv.mover import AHEAD_LANE, LOAD_LANE, PROBE_LANE, SAVE_LANE, SUSPEND_LANE, LaneSpec, Mover
-    from tierkv.store import MAX_LOAD_BLOCKS, MAX_PROBES
-
-    transfer = config.transfer
-    lanes = {
-        LOAD_LANE: LaneSpec(transfer.load_threads, MAX_LOAD_BLOCKS),
-        SAVE_LANE: LaneSpec(1, transfer.save_queue_blocks),
-        PROBE_LANE: LaneSpec(1, MAX_PROBES),
-        SUSPEND_LANE: LaneSpec(1, MAX_LOAD_BLOCKS),
-        AHEAD_LANE: LaneSpec(1, MAX_LOAD_BLOCKS),
-        RECORD_LANE: LaneSpec(1, MAX_WAITING),  # one thread: it keeps the order
-    }
-    for tier in ("disk", "redis"):  # a lane without work costs nothing: its threads start with its first job
-        lanes[tier] = LaneSpec(transfer.save_threads, transfer.save_queue_blocks)
-    return Mover(lanes, metrics=metrics)
-
-
-def _observe(metrics: Metrics, index: "Index") -> None:
-    """Let the metrics of the tiers read the index."""
-
-    def read(number: int, field: str) -> Callable[[], float]:
-        return lambda: float(getattr(index.stats().tiers[number], field))
-
-    for number, tier in enumerate(index.stats().tiers):
-        metrics.blocks_used.read_from(read(number, "used"), tier.name)
-        metrics.blocks_capacity.read_from(read(number, "capacity"), tier.name)
-        metrics.blocks_evicted.read_from(read(number, "evicted"), tier.name)
-        metrics.blocks_lost.read_from(read(number, "lost"), tier.name)

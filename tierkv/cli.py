@@ -13,11 +13,13 @@ import typer
 
 from tierkv import __version__
 from tierkv.cli_bench import bench
+from tierkv.cli_daemon import daemon
 from tierkv.cli_demo import demo
 from tierkv.cli_explain import explain, stats
 from tierkv.cli_generate import generate
 from tierkv.cli_show import config, inspect, size
 from tierkv.cli_simulate import simulate
+from tierkv.cli_top import top
 from tierkv.errors import ConfigError, TierKVError
 
 FAILED: Final = 1
@@ -34,9 +36,10 @@ app = typer.Typer(
     "Begin with [bold]tierkv demo[/bold]. Options come from tierkv.toml, TIERKV_* variables and --set; "
     "[bold]tierkv config[/bold] lists them all.",
 )
-for command in (demo, generate, config, inspect, size, simulate, explain, stats):
+for command in (demo, generate, config, inspect, size, simulate, explain, stats, top):
     app.command()(command)
 app.add_typer(bench, name="bench")
+app.add_typer(daemon, name="daemon")
 
 
 @app.callback(invoke_without_command=True)

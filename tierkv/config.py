@@ -19,7 +19,11 @@ from typing import Annotated, Any, Final, cast, get_type_hints
 from tierkv.errors import ConfigError
 from tierkv.layout import Layout
 from tierkv.values import (
+    DAEMON_URL,
+    DAEMON_URLS,
     FRACTION,
+    HOST_PORT,
+    MODE,
     NAME,
     PATH,
     POWER_OF_TWO,
@@ -127,6 +131,69 @@ class RedisConfig(_Section):
     copy_down: Annotated[str, choice(*COPY_DOWNS), "when blocks come here from the host"] = "save"
 
 
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """Files in PEM form: one's own certificate and its key, and whom one trusts to sign the other side's."""
+
+    certificate: Path | None
+    key: Path | None
+    ca: Path | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonConfig(_Section):
+    """A cache daemon that engines of this machine share (`tierkv daemon`), as a tier of this store."""
+
+    url: Annotated[str | None, optional(DAEMON_URL), "where it listens; off: no daemon"] = None
+    name: Annotated[str, TEXT, "what this client is called there; empty: the program's name"] = ""
+    token_file: Annotated[Path | None, optional(PATH), "file with the token that the daemon wants"] = None
+    tls_ca: Annotated[Path | None, optional(PATH), "who signs the daemon's certificate; off: the system's list"] = None
+    tls_certificate: Annotated[Path | None, optional(PATH), "certificate to show to the daemon"] = None
+    tls_key: Annotated[Path | None, optional(PATH), "its private key"] = None
+    connect_s: Annotated[Seconds, SECONDS, "seconds to connect"] = 1.0
+    deadline_s: Annotated[Seconds, SECONDS, "seconds for one batch; what is late is a miss"] = 5.0
+    copy_down: Annotated[str, choice(*COPY_DOWNS), "when blocks come here from the host"] = "save"
+
+    def tls(self) -> TlsFiles:
+        """The files of a tls:// URL."""
+        return TlsFiles(self.tls_certificate, self.tls_key, self.tls_ca)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig(_Section):
+    """`tierkv daemon` itself. It owns the [host], [disk] and [redis] of its configuration."""
+
+    listen: Annotated[
+        tuple[str, ...] | None, optional(DAEMON_URLS), "where clients connect; off: a socket of this user"
+    ] = None
+    http: Annotated[str | None, optional(HOST_PORT), "metrics, health and the dashboard; off: none"] = "127.0.0.1:9419"
+    socket_mode: Annotated[str, MODE, "permissions of a unix socket"] = "0600"
+    token_file: Annotated[
+        Path | None, optional(PATH), "file of tokens, one a line: token, read:token or admin:token; off: none needed"
+    ] = None
+    tls_certificate: Annotated[Path | None, optional(PATH), "certificate of tls:// listeners"] = None
+    tls_key: Annotated[Path | None, optional(PATH), "its private key"] = None
+    tls_ca: Annotated[Path | None, optional(PATH), "who signs clients' certificates; off: clients show none"] = None
+    layouts: Annotated[
+        int, integer(1, 64), "block layouts (models of another shape or dtype) that share host and disk"
+    ] = 1
+    lease_s: Annotated[
+        Seconds, SECONDS, "seconds a client may take to read what was lent to it, or to fill a place"
+    ] = 60.0
+    lease_share: Annotated[float, FRACTION, "part of the host that one client may have on lease"] = 0.5
+    drain_s: Annotated[Seconds, SECONDS, "seconds to write everything down at the end"] = 30.0
+    events: Annotated[str | None, optional(NAME), "ZMQ endpoint for KV events, such as tcp://127.0.0.1:5557"] = None
+    events_replay: Annotated[str | None, optional(NAME), "ZMQ endpoint where missed events are asked for"] = None
+    events_hashes: Annotated[
+        str, choice("ints", "keys"), "what names a block in KV events: 8 bytes of its key as a number, as routers read, or all"
+    ] = "ints"
+    events_topic: Annotated[str, TEXT, "topic of KV events"] = "kv-events"
+
+    def tls(self) -> TlsFiles:
+        """The files of tls:// listeners."""
+        return TlsFiles(self.tls_certificate, self.tls_key, self.tls_ca)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordConfig(_Section):
     """A log of what was asked for, for `tierkv simulate`: salted digests of blocks, no tokens."""
@@ -181,6 +248,8 @@ class Config:
     host: HostConfig = field(default_factory=HostConfig)
     disk: DiskConfig = field(default_factory=DiskConfig)
     redis: RedisConfig = field(default_factory=RedisConfig)
+    daemon: DaemonConfig = field(default_factory=DaemonConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -209,18 +278,26 @@ class Config:
 
     def secret(self) -> bytes:
         """Bytes of store.secret_file, b"" without one. Raises ConfigError when it cannot be read or is empty."""
-        path = self.store.secret_file
-        if path is None:
-            return b""
+        return _secret("store.secret_file", self.store.secret_file)
+
+    def daemon_token(self) -> str:
+        """What daemon.token_file holds, "" without one. Raises ConfigError as `secret` does."""
         try:
-            secret = path.read_bytes().strip()
-        except OSError as error:
-            raise ConfigError(f"store.secret_file = {str(path)!r}: {error.strerror}; give a readable file") from None
-        if not secret:
-            raise ConfigError(
-                f"store.secret_file = {str(path)!r} is empty; write a secret of 16 random bytes or more into it"
-            )
-        return secret
+            return _secret("daemon.token_file", self.daemon.token_file).decode()
+        except UnicodeDecodeError:
+            raise ConfigError("daemon.token_file: not UTF-8 text; give one line of text") from None
+
+
+def _secret(name: str, path: Path | None) -> bytes:
+    if path is None:
+        return b""
+    try:
+        secret = path.read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"{name} = {str(path)!r}: {error.strerror}; give a readable file") from None
+    if not secret:
+        raise ConfigError(f"{name} = {str(path)!r} is empty; write a secret of 16 random bytes or more into it")
+    return secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +337,8 @@ class Loaded:
         value = getattr(getattr(self.config, section), key)
         if key in ("capacity", "max_bytes") and value is not None:
             return show_size(value)
+        if isinstance(value, tuple):
+            return ", ".join(value)
         if isinstance(value, str | Path):
             return hide_password(str(value)) if key == "url" else str(value)
         return cast(int | float | None, value)
@@ -310,6 +389,18 @@ def load(
     except ConfigError as error:
         places = [f"{name}: {origins[name]}" for name in OPTIONS if name in str(error)]
         raise ConfigError(f"{error} ({', '.join(places)})") from None
+
+
+def default_socket(environ: Mapping[str, str] = os.environ) -> str:
+    """Where a daemon listens, and its clients look for it, when nothing else is said: a socket of this user alone."""
+    given = Path(environ.get("XDG_RUNTIME_DIR", ""))
+    folder = given / "tierkv" if given.is_absolute() and given.is_dir() else Path(f"/tmp/tierkv-{os.getuid()}")
+    return f"unix://{folder / 'daemon.sock'}"
+
+
+def notify_socket(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Where systemd wants to hear how a service does (sd_notify(3)); None when it did not start this process."""
+    return environ.get("NOTIFY_SOCKET") or None
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:

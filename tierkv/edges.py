@@ -65,6 +65,11 @@ class Edges:
         self._spills = [_Spill(DEVICE, None)] if host_copy_down == "spill" else []
         self._spills += [_Spill(HOST, tier) for tier in below if tier.copy_down == "spill"]
 
+    @property
+    def feeds(self) -> bool:
+        """Is there a tier that gets everything the host gets?"""
+        return any(below.copy_down == "save" for below in self._below)
+
     def copy_saved(self, lease: Lease, lo: int, hi: int) -> None:
         """Blocks [lo, hi) lie on the device now: queue copies of them where `copy_down` is "save"."""
         if self._host_copy_down == "save":
@@ -133,9 +138,13 @@ class Edges:
 
         worth: as in `Index.begin_copy`. A host that feeds a tier below lets everything in: what it refused would be nowhere.
         """
-        if any(below.copy_down == "save" for below in self._below):
+        if self.feeds:
             worth = inf
         copy_to_host(self._places, lease, lo, hi, mark=mark, share=share, worth=worth)
+        self.copy_arrived(lease, lo, hi)
+
+    def copy_arrived(self, lease: Lease, lo: int, hi: int) -> None:
+        """Blocks [lo, hi) have come to the host: queue copies where `copy_down` is "save"."""
         for below in self._below:
             if below.copy_down == "save":
                 self._queue_below(below, lease, lo, hi)

@@ -28,6 +28,21 @@ class TierBusy(TierError):
     """Another process owns what this tier needs: a folder, a port."""
 
 
+class ProtocolError(TierKVError):
+    """A message to or from a daemon that is not what the protocol allows; the connection ends with it."""
+
+
+class RefusedError(TierKVError):
+    """A daemon that answers, and says no: what was asked for may not be had there, or not by this client.
+
+    kind: "config" and "token" are for a person to mend; "refused" is this one request.
+    """
+
+    def __init__(self, message: str, *, kind: str = "refused") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 class CodecError(TierKVError):
     """Bytes at rest that are not what their header says. Tiers turn it into a miss counted under `reason`.
 

@@ -11,6 +11,9 @@ from threading import Lock, get_ident
 from typing import Any, Final
 
 LATENCY_BOUNDS_S: Final = (
+    0.00001,
+    0.000025,
+    0.00005,
     0.0001,
     0.00025,
     0.0005,
@@ -135,6 +138,20 @@ class Histogram:
             counts, _ = self._series.get(values, ([0], [0.0]))
             return sum(counts)
 
+    def quantile(self, part: float, *values: str) -> float | None:
+        """Seconds that this part of the durations did not exceed, as finely as the buckets tell; None before the first."""
+        with self._lock:
+            counts = list(self._series.get(values, ([],))[0])
+        left = part * sum(counts)
+        for at, count in enumerate(counts):
+            if count and count >= left:
+                if at == len(LATENCY_BOUNDS_S):
+                    break
+                low = LATENCY_BOUNDS_S[at - 1] if at else 0.0
+                return low + (LATENCY_BOUNDS_S[at] - low) * left / count
+            left -= count
+        return float(LATENCY_BOUNDS_S[-1]) if sum(counts) else None
+
     def samples(self) -> Iterator[tuple[str, tuple[tuple[str, str], ...], float]]:
         """Suffix, labels and value of every series."""
         with self._lock:
@@ -187,6 +204,15 @@ class Metrics:
     )
     load_seconds: Histogram = _metric(Histogram, "Time of a batch read", "tier")
     save_seconds: Histogram = _metric(Histogram, "Time of a batch write", "tier")
+    daemon_clients: Gauge = _metric(Gauge, "Clients of the daemon that are connected")
+    daemon_leases: Gauge = _metric(Gauge, "Leases that clients of the daemon hold")
+    daemon_leased_bytes: Gauge = _metric(Gauge, "Bytes that leases of clients keep from being forgotten")
+    daemon_requests: Counter = _metric(Counter, "Requests of clients to the daemon", "op", "outcome")
+    daemon_lookups: Counter = _metric(Counter, "Lookups of clients in the daemon")
+    daemon_lookup_blocks: Counter = _metric(
+        Counter, "Blocks that lookups found, by the fastest tier that had them", "tier"
+    )
+    daemon_request_seconds: Histogram = _metric(Histogram, "Time from a client's request to its answer", "op")
     ttft_seconds: Histogram = _metric(Histogram, "Time to first token, queueing included")
     tpot_seconds: Histogram = _metric(Histogram, "Mean time per output token after the first, per request")
 

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from math import inf
@@ -19,23 +18,29 @@ from tierkv.ahead import Ahead, Expected, Found
 from tierkv.arrival import Arrival, layer_bounds
 from tierkv.edges import Edges
 from tierkv.errors import TierError
+from tierkv.handoff import Handoffs
 from tierkv.hints import NO_ENDING, NO_HINTS, Ending, Hints, Next
 from tierkv.index import Index, Lease
 from tierkv.keys import Key, chain
 from tierkv.layout import TOKEN_BYTES, Layout
-from tierkv.lookups import Lookup, Lookups
+from tierkv.lending import LentMemory
+from tierkv.load import Load
+from tierkv.lookups import Lookups
+from tierkv.match import Match, Search, Visit, leading
 from tierkv.metrics import Metrics
 from tierkv.mover import LOAD_LANE, PROBE_LANE, SUSPEND_LANE, Mover
 from tierkv.pins import Pin, Pins
-from tierkv.policies.base import Use
 from tierkv.sessions import Sessions
-from tierkv.tiers.base import Miss
-from tierkv.transfers import DEVICE, HOST, Below, Load, Places
+from tierkv.tiers.base import Miss, Run
+from tierkv.transfers import DEVICE, HOST, Below, Places
 
 log = logging.getLogger("tierkv")
 
 SAVE_BLOCKS: Final = 8
-"""Blocks saved at a time while a sequence decodes: few enough that a crash costs little, enough for whole-run writes."""
+"""Blocks saved at a time while a sequence decodes: few enough that a crash costs little, enough for whole-run writes.
+
+Those of its prompt are saved as they are computed: another engine may wait for them.
+"""
 MAX_LOAD_BLOCKS: Final = 1 << 20
 MAX_PROBES: Final = 1 << 10
 CLOSE_TIMEOUT_S: Final = 30.0
@@ -43,61 +48,6 @@ AHEAD_SHARE: Final = 0.25
 """Part of the host tier that may hold what was brought for requests that wait."""
 PIN_SHARE: Final = 0.5
 """Part of the host tier that pins may keep."""
-
-
-@dataclass(slots=True)
-class Visit:
-    """A request from its first match to its end, whatever is pinned of it meanwhile.
-
-    use: what the index made of it.  lookup: what is noted of it; None for one that was forked from another.
-    """
-
-    use: Use | None = None
-    lookup: Lookup | None = None
-
-
-@dataclass(slots=True)
-class Match:
-    """What the store holds of some tokens, pinned until `Store.release` or `Store.end`.
-
-    shared: leading blocks that lie on the device.  remote: keys of blocks after the lease's last, present in `source`.
-    head_tokens: tokens of the block after these that a known block begins with (reuse finer than a block).
-    head_place: a host place that holds that head and belongs to the caller (a request that was suspended).
-    dirty: blocks from here on were not offered to the tiers below yet.
-    arrival: layers of its load that come after the first; None: all layers come together.
-    load: the last one, until its outcome is noted.
-    """
-
-    lease: Lease
-    shared: int
-    head_tokens: int
-    source: Below | None = None
-    remote: Sequence[Key] = ()
-    remote_tokens: bytes = b""
-    head_place: int | None = None
-    dirty: int = 0
-    arrival: Arrival | None = None
-    load: Load | None = None
-    visit: Visit = field(default_factory=Visit)
-
-    @property
-    def num_blocks(self) -> int:
-        """Whole blocks that can be had."""
-        return self.lease.num_blocks + len(self.remote)
-
-
-@dataclass(slots=True)
-class Search:
-    """A look-up under way: `store.take` it once `ready`."""
-
-    tokens: bytes
-    base: int = 0
-    probe: "Future[Found | None] | None" = None
-
-    @property
-    def ready(self) -> bool:
-        """Have the shared tiers answered?"""
-        return self.probe is None or self.probe.done()
 
 
 class Store:
@@ -127,6 +77,7 @@ class Store:
         self._shared = [tier for tier in below if tier.number is None]
         self._expiring: list[Load] = []
         self._block_bytes = layout.block_tokens * TOKEN_BYTES  # of token ids, not of KV
+        self._memory = LentMemory(places, mover)
         self._edges = Edges(
             places=places,
             below=below,
@@ -152,6 +103,9 @@ class Store:
             piece=piece,
             deadline_s=load_deadline_s,
         )
+        self._handoffs = Handoffs(
+            root=root, block_tokens=layout.block_tokens, places=places, below=below, ahead=self._ahead, mover=mover
+        )
         self._pins = Pins(
             root=root,
             places=places,
@@ -173,6 +127,14 @@ class Store:
     def cancel(self, expected: Expected) -> None:
         """It does not wait any more. Idempotent."""
         self._ahead.cancel(expected)
+
+    def await_prefix(self, tokens: bytes, *, deadline_s: float) -> "Future[int]":
+        """Wait for a prompt that another engine is computing: its blocks come to the host as that saves them.
+
+        Resolves to the leading whole blocks that are here: once these are all of them, or all that there is room for ahead of
+        need, or the deadline is past, or nobody can be waited for. It may be cancelled; no thread of the caller waits.
+        """
+        return self._handoffs.wait(tokens, deadline_s=deadline_s)
 
     def pin(self, tokens: bytes, *, ttl_s: float) -> Pin:
         """Keep what is held of `tokens` in host memory for a time. Raises PinError, beyond the part that pins may keep."""
@@ -204,14 +166,13 @@ class Store:
         """Keys after the lease's blocks that a shared tier holds: the longest leading run of any of them."""
         known = lease.num_blocks
         parent = lease.keys(known - 1, known)[0] if known else self.root
-        keys = chain(parent, tokens[known * self._block_bytes :], block_tokens=self.layout.block_tokens)
+        rest = tokens[known * self._block_bytes : len(tokens) // self._block_bytes * self._block_bytes]
+        keys = tuple(chain(parent, rest, block_tokens=self.layout.block_tokens))
         best: Found | None = None
         for below in self._shared:
-            ask = partial(below.tier.contains, keys)
-            present = below.attempt(ask, count=len(keys), failures=self.metrics.misses) or [False]
-            run = present.index(False) if False in present else len(present)
-            if run and (best is None or run > len(best[1])):
-                best = (below, keys[:run])
+            found = below.seek(Run(self.root, parent, known, keys, rest), failures=self.metrics.misses)
+            if found and (best is None or found > len(best[1])):
+                best = (below, list(keys[:found]))
         return best
 
     def take(self, search: Search, *, hints: Hints = NO_HINTS) -> Match:
@@ -230,7 +191,13 @@ class Store:
         return match
 
     def _match(self, search: Search, lease: Lease) -> Match:
-        match = Match(lease, leading(lease), lease.head.num_tokens if lease.head else 0, dirty=lease.num_blocks)
+        match = Match(
+            lease,
+            leading(lease),
+            lease.head.num_tokens if lease.head else 0,
+            dirty=lease.num_blocks,
+            prompt=len(search.tokens) // self._block_bytes,
+        )
         found = search.probe.result() if search.probe and search.probe.exception() is None else None
         if found and search.base + len(found[1]) > lease.num_blocks >= search.base:
             match.source, keys = found
@@ -274,6 +241,7 @@ class Store:
             mark=self.places.device.mark(),
             deadline=self.places.clock() + self._load_deadline_s,
             piece=self._piece,
+            memory=self._memory,
             head_tokens=match.head_tokens,
             head_place=match.head_place,
             source=match.source,
@@ -297,13 +265,15 @@ class Store:
 
     @staticmethod
     def _in_memory(match: Match) -> bool:
-        """Whether nothing of a match waits for a tier at rest, which may fail in the middle."""
+        """Whether nothing of a match waits for a tier at rest that may fail in the middle; what is lent is verified."""
         head = match.lease.head_source() if match.head_tokens and match.head_place is None else None
         tiers = [tier for tier, _, _ in match.lease.sources()] + ([head[0]] if head else [])
-        return not match.remote and all(tier <= HOST for tier in tiers)
+        lent = match.source is not None and match.source.tier.lends
+        return (lent or not match.remote) and all(tier <= HOST for tier in tiers)
 
     def settle(self, match: Match) -> None:
         """After a load: keep only the pins of what lies on the device; the pages that were filled are saved like new ones."""
+        match.lent = match.load.lent if match.load else range(0)
         self._note_load(match)
         match.lease.shrink(match.shared)
         match.lease.shorten_pins(DEVICE)
@@ -336,15 +306,17 @@ class Store:
         lo = match.lease.num_blocks
         fresh = tokens[lo * self._block_bytes : len(pages) * self._block_bytes]
         taken = self.index.extend(match.lease, fresh, tier=DEVICE, places=pages[lo:])
-        if match.lease.num_blocks - match.dirty >= SAVE_BLOCKS:
+        if match.dirty < match.prompt or match.lease.num_blocks - match.dirty >= SAVE_BLOCKS:
             self.offer(match)
         return taken
 
     def offer(self, match: Match) -> None:
         """Queue copies of what was saved since the last offer, where `copy_down` is "save"."""
-        lo, match.dirty = match.dirty, match.lease.num_blocks
-        if lo < match.dirty:
-            self._edges.copy_saved(match.lease, lo, match.dirty)
+        lo, hi = match.dirty, match.lease.num_blocks
+        match.dirty, lent = hi, match.lent or range(hi, hi)
+        for first, last in ((lo, min(hi, lent.start)), (max(lo, lent.stop), hi)):
+            if first < last:
+                self._edges.copy_saved(match.lease, first, last)
 
     def suspend(self, match: Match, *, tail: int | None) -> "Future[int | None]":
         """Copy all of the match, and `tail`, a private page, to the host. Resolves to the tail's host place, or None."""
@@ -388,7 +360,7 @@ class Store:
         self._note_load(match)
         lease, use, lookup = match.lease, match.visit.use, match.visit.lookup
         self.index.end(lease, ending, now_s=self.places.clock())
-        self._edges.copy_refused(lease, match.dirty)
+        self._edges.copy_refused(lease, min(match.dirty, match.lent.start) if match.lent else match.dirty)
         if use and use.hints.session is not None:
             if ending.next is Next.ENDED:
                 self._sessions.forget(use.hints.session)
@@ -466,6 +438,7 @@ class Store:
         if self._closed:
             return
         self._closed = True
+        self._handoffs.close()
         self._ahead.close()
         self._pins.close()
         with ExitStack() as last:  # each, whatever becomes of the others
@@ -473,6 +446,7 @@ class Store:
             last.callback(self.places.device.close)
             for below in self.below:
                 last.callback(below.tier.close)
+            last.callback(self._memory.close)
             if self._lookups:
                 last.callback(self._lookups.close)
             last.callback(self._refuse_loads)
@@ -485,9 +459,3 @@ class Store:
         for load in self._expiring:
             if not load.done.done():
                 load.refuse()
-
-
-def leading(lease: Lease) -> int:
-    """Blocks of the lease, from the first, that lie on the device."""
-    sources = lease.sources()
-    return sources[0][2] if sources and sources[0][0] == DEVICE else 0

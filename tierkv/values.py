@@ -18,6 +18,7 @@ _UNITS: Final = (
 )
 _UNIT_OF: Final = {unit.lower(): factor for unit, factor in _UNITS.items()}
 _OFF: Final = ("off", "none")
+DAEMON_SCHEMES: Final = ("unix", "tcp", "tls")
 REDIS_SCHEMES: Final = ("redis", "rediss", "redis+cluster", "rediss+cluster", "unix")
 
 
@@ -142,6 +143,39 @@ def _redis_url(given: object) -> str:
     return url
 
 
+def _daemon_url(given: object) -> str:
+    url = _named(given)
+    parts = urlsplit(url)
+    local = parts.path and not parts.netloc
+    good = local if parts.scheme == "unix" else parts.hostname and parts.port is not None and not parts.path
+    if parts.scheme not in DAEMON_SCHEMES or not good or parts.query or parts.username:
+        raise ValueError
+    return url
+
+
+def _daemon_urls(given: object) -> tuple[str, ...]:
+    if isinstance(given, str):
+        given = [part.strip() for part in given.split(",")]
+    if not isinstance(given, list | tuple) or not given:
+        raise ValueError
+    return tuple(map(_daemon_url, given))
+
+
+def _host_port(given: object) -> str:
+    text = _named(given)
+    parts = urlsplit(f"//{text}")
+    if not parts.hostname or parts.port is None or parts.path or parts.username:
+        raise ValueError
+    return text
+
+
+def _mode(given: object) -> str:
+    text = _named(given)
+    if not re.fullmatch("0?[0-7]{3}", text):
+        raise ValueError
+    return text
+
+
 def hide_password(text: str) -> str:
     """A URL as a person may see it."""
     # To the last @, as greedy as it looks: a password with @ or / in it must not show either.
@@ -169,3 +203,7 @@ NAME = Kind("a string that is not empty", _named)
 PREFIX = Kind("letters, digits and . _ : -", _prefix)
 PATH = Kind("a path", _path)
 REDIS_URL = Kind(f"a URL that begins with {', '.join(f'{s}://' for s in REDIS_SCHEMES)}", _redis_url)
+DAEMON_URL: Final = Kind("unix:///path, tcp://host:port or tls://host:port", _daemon_url)
+DAEMON_URLS: Final = Kind(f"{DAEMON_URL.expected}; several of them as a list, or with commas", _daemon_urls)
+HOST_PORT: Final = Kind("host:port, such as 127.0.0.1:9419", _host_port)
+MODE: Final = Kind('permissions in octal, such as "0600"', _mode)

@@ -5,7 +5,8 @@ hashed on its account. A *tier at rest* (disk, redis, object, daemon) is asked b
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol
@@ -40,6 +41,20 @@ class Run:
     tokens: bytes = b""
 
 
+@dataclass(frozen=True, slots=True)
+class Lending:
+    """Blocks in memory of a tier, to be copied from there: one place per key, None where there is no whole block.
+
+    rows: [num_places, stride] uint8, numpy, from a multiple of the page size on; a block is the first `block_bytes` of a row.
+    The same object as long as it is the same memory.
+    intact: whether nothing was taken back so far; to be asked after a copy, which is believed only then.
+    """
+
+    rows: Any
+    places: Sequence[int | None]
+    intact: Callable[[], bool]
+
+
 class Tier(ABC):
     """Blocks at rest, by key. Blocking, thread-safe, batched: lists in, a list of the same length and order out.
 
@@ -50,10 +65,40 @@ class Tier(ABC):
     name: ClassVar[str]
     shared: ClassVar[bool] = False
     """Others write too: presence is asked for, not remembered."""
+    waits: ClassVar[bool] = False
+    """`wait` hears of what others write."""
 
     @abstractmethod
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         """Tell which keys a `read` would probably find. No payload moves."""
+
+    def seek(self, run: Run) -> int:
+        """Tell how many leading blocks of `run`, which a request wants, a `read` would probably find.
+
+        A tier that learns from use counts one here.
+        """
+        present = self.contains(run.keys)
+        return present.index(False) if False in present else len(present)
+
+    def wait(self, keys: Sequence[Key], *, known: int, deadline_s: float) -> int:
+        """Tell how many leading keys are there, once they are more than `known` or the time is up.
+
+        At once where it never `waits`.
+        """
+        present = self.contains(keys)
+        return present.index(False) if False in present else len(present)
+
+    @property
+    def lends(self) -> bool:
+        """Does `lend` give places, as far as is known now?"""
+        return False
+
+    def lend(self, keys: Sequence[Key], *, deadline_s: float) -> AbstractContextManager[Lending | None]:
+        """Whole blocks in memory, verified, kept there until the end of the `with`; None: nothing is lent, `read` them.
+
+        deadline_s: seconds from now for what has to be brought into that memory first. What is missing is counted as by `read`.
+        """
+        return nullcontext()
 
     @abstractmethod
     def read(self, keys: Sequence[Key], outs: Sequence[memoryview], *, deadline_s: float | None = None) -> list[bool]:

@@ -1,0 +1,535 @@
+"""One connection of a client: its requests, in order, and what it holds. What it holds ends with it.
+
+What is quick is answered at once; what waits for a tier becomes a task, and later replies overtake it.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from tierkv import __version__
+from tierkv.daemon.access import NEEDS, Peer, Role
+from tierkv.daemon.pool import Lent, Pool, Writing
+from tierkv.daemon.protocol import (
+    MAX_KEYS,
+    MAX_PAYLOAD_BYTES,
+    MAX_REQUEST_BYTES,
+    ONE_WAY,
+    STRANGER_BYTES,
+    VERSION,
+    Limits,
+    Message,
+    Op,
+    State,
+)
+from tierkv.daemon.stream import Stream
+from tierkv.errors import ConfigError, LayoutError, ProtocolError, RefusedError, TierKVError
+from tierkv.keys import KEY_BYTES, Key, Namespace
+from tierkv.layout import TOKEN_BYTES, Layout
+
+if TYPE_CHECKING:
+    from tierkv.daemon.service import Client, Service
+
+HELLO_S: Final = 10.0
+"""Seconds for TLS and the handshake."""
+MAX_TASKS: Final = 64
+"""Requests of one connection that wait for a tier, or for another client, at a time."""
+_TRASH: Final = memoryview(bytearray(1 << 20))
+log = logging.getLogger("tierkv")
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """Something that the client must give back. since: on the service's clock."""
+
+    pool: Pool
+    what: Lent | Writing
+    since: float
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the slab that it keeps."""
+        return self.what.num_blocks if isinstance(self.what, Lent) else len(self.what.places)
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """The server's side of a connection. number: among the connections of its client; mapped: it was given shared memory."""
+
+    service: "Service"
+    stream: Stream = field(init=False)
+    peer: Peer
+    client: "Client | None" = None
+    role: Role | None = None
+    number: int = 0
+    mapped: bool = False
+    wants_memory: bool = False
+    held: dict[int, Held] = field(default_factory=dict)
+    _own: dict[int, Held] = field(default_factory=dict)  # what the daemon itself is at: the client cannot give it back
+    _timer: asyncio.TimerHandle | None = None
+    _next: int = 1
+    _tasks: set["asyncio.Task[None]"] = field(default_factory=set)
+
+    def start(self, stream: Stream) -> None:
+        """Begin to listen to it."""
+        self.stream = stream
+        stream.incoming.limits = Limits(header=STRANGER_BYTES, payload=0, filled=0)
+        stream.incoming.sink = self._sink
+        self._timer = stream.loop.call_later(HELLO_S, self._expect_hello)
+        stream.start()
+
+    def _expect_hello(self) -> None:
+        if self.client is None:
+            self.stream.close(f"no HELLO within {HELLO_S:g} s")
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def receive(self, message: Message) -> None:
+        """A whole message has come."""
+        if message.op >= Op.REPLY:
+            raise ProtocolError(f"{message.op.name} from a client: requests are expected")
+        if self.client is None and message.op is not Op.HELLO:
+            raise ProtocolError(f"{message.op.name} before HELLO")
+        if self.role is not None and self.role < NEEDS[message.op]:
+            self.stream.refuse(
+                message.id,
+                f"{message.op.name} needs the role {NEEDS[message.op].name.lower()}: show a token that has it",
+            )
+            return
+        if len(self._tasks) >= MAX_TASKS and message.op not in ONE_WAY:
+            self.stream.refuse(message.id, f"{MAX_TASKS} requests of this connection wait already: read some answers first")
+            return
+        start = time.perf_counter()
+        try:
+            answer = _HANDLERS[message.op](self, message)
+        except TierKVError as error:
+            if isinstance(error, ProtocolError):
+                raise
+            self._answered(message, start, failed=True)
+            self._refuse(message, error)
+            return
+        except Exception:
+            log.exception("daemon: %s failed", message.op.name)
+            self._answered(message, start, failed=True)
+            self.stream.refuse(message.id, "the daemon failed; its log says why", kind="defect")
+            return
+        if isinstance(answer, dict):
+            self._reply(message, start, answer)
+        elif answer is not None:
+            task = self.stream.loop.create_task(self._later(message, start, answer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        else:
+            self._answered(message, start)
+
+    async def _later(self, message: Message, start: float, answer: Coroutine[Any, Any, dict[str, Any] | None]) -> None:
+        try:
+            fields = await answer
+        except TierKVError as error:
+            self._answered(message, start, failed=True)
+            self._refuse(message, error)
+            return
+        except Exception:
+            log.exception("daemon: %s failed", message.op.name)
+            self._answered(message, start, failed=True)
+            self.stream.refuse(message.id, "the daemon failed; its log says why", kind="defect")
+            return
+        if fields is None:
+            self._answered(message, start)
+        else:
+            self._reply(message, start, fields)
+
+    def _refuse(self, message: Message, error: TierKVError) -> None:
+        if message.op not in ONE_WAY:
+            kind = "config" if isinstance(error, ConfigError) else getattr(error, "kind", "refused")
+            self.stream.refuse(message.id, str(error), kind=kind)
+
+    def _reply(self, message: Message, start: float, fields: dict[str, Any]) -> None:
+        payload = fields.pop("payload", ())
+        fds, after = fields.pop("fds", ()), fields.pop("after", None)
+        if message.op not in ONE_WAY:
+            self.stream.send(Op.REPLY, message.id, fields, payload, fds=fds, after=after)
+        self._answered(message, start)
+
+    def _answered(self, message: Message, start: float, *, failed: bool = False) -> None:
+        metrics, op = self.service.metrics, message.op.name.lower()
+        metrics.daemon_requests.add(1, op, "failed" if failed else "ok")
+        metrics.daemon_request_seconds.observe(time.perf_counter() - start, op)
+
+    # -- what is held -----------------------------------------------------------------------------------------------
+
+    def _hold(self, pool: Pool, what: Lent | Writing) -> int:
+        number, self._next = self._next, self._next + 1
+        self.held[number] = Held(pool, what, self.service.clock())
+        return number
+
+    def leased_blocks(self, pool: Pool) -> int:
+        """Blocks of a pool that this connection keeps from being forgotten."""
+        return sum(held.num_blocks for held in (*self.held.values(), *self._own.values()) if held.pool is pool)
+
+    @property
+    def num_writes(self) -> int:
+        """Reservations that are not committed yet."""
+        return sum(isinstance(held.what, Writing) for held in self.held.values())
+
+    def expire(self, before: float) -> None:
+        """Take back what was lent before this time; who should have filled a place by now is shown the door."""
+        for number, held in [(n, h) for n, h in self.held.items() if h.since < before]:
+            if isinstance(held.what, Writing):
+                self.stream.close("a reserved place was not filled in time")
+                return
+            del self.held[number]
+            held.pool.give_back(held.what)
+            log.warning(
+                "daemon: %s read for too long: its lease is taken back", self.client.name if self.client else "?"
+            )
+
+    def end(self, reason: str) -> None:
+        """The connection is over."""
+        if self._timer:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        late = []
+        for held in (*self.held.values(), *self._own.values()):
+            if isinstance(held.what, Lent):
+                held.pool.give_back(held.what)
+            else:
+                late.append((held.pool, held.what))
+        self.held.clear()
+        self._own.clear()
+        self.service.ended(self, late, reason)
+
+    def _sink(self, message: Message, size: int) -> Sequence[memoryview] | None:
+        """Blocks go straight into the places that were reserved for them; those that come too late go nowhere."""
+        if message.op is not Op.FILL:
+            return None
+        held = self.held.get(message.fields["lease"])
+        if held is None or not isinstance(held.what, Writing):
+            return [_TRASH[: min(len(_TRASH), size - at)] for at in range(0, size, len(_TRASH))]
+        held.since = self.service.clock()  # for the blocks to come: who stops in the middle must not keep the places
+        return [held.pool.slab.view(place) for place in held.what.places]
+
+    # -- operations -------------------------------------------------------------------------------------------------
+
+    def _pool(self, message: Message) -> Pool:
+        number = message.fields["pool"]
+        pool = self.service.pools.get(number)
+        if pool is None or self.client is None or number not in self.client.uses:
+            raise RefusedError(f"pool {number} is none that this client has attached to: attach first")
+        return pool
+
+    @staticmethod
+    def _keys(message: Message) -> bytes:
+        keys = bytes(message.payload or b"")
+        if len(keys) % KEY_BYTES or len(keys) > MAX_KEYS * KEY_BYTES:
+            raise ProtocolError(
+                f"{message.op.name} with {len(keys)} bytes of keys: up to {MAX_KEYS} of {KEY_BYTES} bytes"
+            )
+        return keys
+
+    def hello(self, message: Message) -> dict[str, Any]:
+        """Introduce the client."""
+        fields = message.fields
+        if self.client is not None:
+            raise ProtocolError("HELLO twice")
+        self.role = self.service.tokens.role(fields["token"], self.peer)
+        if self.role is None:
+            self.stream.loop.call_soon(self.stream.finish, "an unknown token")
+            raise RefusedError("a token is needed here, and this is none of ours: see daemon.token_file", kind="token")
+        if any(number >= fields["connection"] for number in fields["ended"]):
+            raise ProtocolError("HELLO with connections that have ended before they began")
+        self.number = fields["connection"]
+        self.wants_memory = "memory" in fields["wants"] and self.peer.address == "unix"
+        self.client = self.service.welcome(self, fields)
+        self.stream.incoming.limits = Limits(payload=MAX_REQUEST_BYTES, filled=MAX_PAYLOAD_BYTES)
+        return {
+            "version": VERSION,
+            "release": __version__,
+            "instance": self.service.instance,
+            "role": self.role.name.lower(),
+            "memory": self.wants_memory,
+            "max_keys": MAX_KEYS,
+            "max_payload": MAX_PAYLOAD_BYTES,
+        }
+
+    async def attach(self, message: Message) -> dict[str, Any]:
+        """Give access to the blocks of a layout, by shared memory if that can be."""
+        fields = message.fields
+        try:
+            layout, namespace = Layout(**fields["layout"]), dict(fields["namespace"])
+            named = Namespace(str(namespace["model"]), layout, str(namespace["adapter"]), str(namespace["tenant"]))
+        except (LayoutError, TypeError, KeyError) as error:
+            raise RefusedError(f"a layout or namespace that is none: {error}") from None
+        assert self.client
+        pool = await self.service.attach(self.client, layout, device_bytes=fields["device_bytes"])
+        await self.service.off_loop(partial(pool.introduce, Key(fields["root"]), named))
+        writable = self.role is not None and self.role >= Role.WRITE
+        reply: dict[str, Any] = {
+            "pool": pool.number,
+            "places": pool.slab.num_places,
+            "lease_blocks": self._limit(pool),
+            "block_bytes": layout.block_bytes,
+            "writable": writable,
+            "memory": bool(fields["memory"] and self.wants_memory),
+        }
+        if reply["memory"]:
+            reply["fds"] = (pool.slab.fd if writable else pool.slab.reader_fd,)
+            self.client.mapped = True
+        return reply
+
+    def ping(self, message: Message) -> dict[str, Any]:
+        """Nothing but an answer."""
+        return {}
+
+    def contains(self, message: Message) -> dict[str, Any] | Coroutine[Any, Any, dict[str, Any]]:
+        """Which keys are held: a byte each, as in `Pool.presence`."""
+        return {"payload": [memoryview(self._pool(message).presence(self._keys(message)))]}
+
+    def seek(self, message: Message) -> dict[str, Any] | Coroutine[Any, Any, dict[str, Any]]:
+        """Look up a request. Payload: keys, then their tokens."""
+        pool, fields = self._pool(message), message.fields
+        whole = bytes(message.payload or b"")
+        step = KEY_BYTES + pool.layout.block_tokens * TOKEN_BYTES
+        count, rest = divmod(len(whole), step)
+        if rest or count > MAX_KEYS:
+            raise ProtocolError(
+                f"SEEK with {len(whole)} bytes: {KEY_BYTES} of key and {step - KEY_BYTES} of tokens each, {MAX_KEYS} at most"
+            )
+        keys, tokens = whole[: count * KEY_BYTES], whole[count * KEY_BYTES :]
+        assert self.client
+        root, parent, depth = Key(fields["root"]), Key(fields["parent"]), fields["depth"]
+        found = pool.seek(root, parent, depth, keys, tokens, self.client.uses[pool.number])
+        self.service.noted(pool, root, keys, found, depth)
+        if found < count and pool.shared:
+            return self._seek_shared(pool, message, keys, tokens, found)
+        return {"found": found}
+
+    async def _seek_shared(
+        self, pool: Pool, message: Message, keys: bytes, tokens: bytes, found: int
+    ) -> dict[str, Any]:
+        fields, step = message.fields, pool.layout.block_tokens * TOKEN_BYTES
+        at = found * KEY_BYTES
+        parent = Key(keys[at - KEY_BYTES : at]) if found else Key(fields["parent"])
+        more = await pool.seek_shared(
+            Key(fields["root"]), parent, fields["depth"] + found, keys[at:], tokens[found * step :]
+        )
+        self.service.metrics.daemon_lookup_blocks.add(more, "redis")
+        return {"found": found + more}
+
+    async def wait(self, message: Message) -> dict[str, Any]:
+        """Answer once more leading keys are held than are known, or the time is up."""
+        pool, keys = self._pool(message), self._keys(message)
+        end = self.service.clock() + message.fields["deadline_s"]
+        while True:
+            found, left = pool.leading(keys), end - self.service.clock()
+            if found > message.fields["known"] or left <= 0 or found * KEY_BYTES == len(keys):
+                return {"found": found}
+            await self.service.arrival(pool, keys[found * KEY_BYTES : (found + 1) * KEY_BYTES], left)
+
+    def lend(self, message: Message) -> dict[str, Any] | Coroutine[Any, Any, dict[str, Any]]:
+        """Lend places to read from."""
+        pool = self._pool(message)
+        lent = self._borrow(pool, self._keys(message))
+        if lent.lacking:
+            return self._lifted(pool, lent, message.fields["deadline_s"], self._lent)
+        return self._lent(pool, lent)
+
+    def _limit(self, pool: Pool) -> int:
+        """Blocks of a pool that one client may have on lease."""
+        return int(self.service.config.server.lease_share * pool.slab.num_places)
+
+    def _borrow(self, pool: Pool, keys: bytes) -> Lent:
+        assert self.client
+        limit = self._limit(pool)
+        if self.client.leased_blocks(pool) + len(keys) // KEY_BYTES > limit:
+            raise RefusedError(
+                f"{len(keys) // KEY_BYTES} more blocks: one client may have {limit} on lease (server.lease_share); give some back"
+            )
+        return pool.lend(keys)
+
+    async def _lifted(
+        self, pool: Pool, lent: Lent, deadline_s: float, answer: Callable[[Pool, Lent], dict[str, Any]]
+    ) -> dict[str, Any]:
+        number, self._next = self._next, self._next + 1
+        self._own[number] = Held(pool, lent, self.service.clock())  # so that it goes with the connection
+        try:
+            await pool.lift(lent, deadline_s)
+        except Exception:
+            pool.give_back(lent)
+            raise
+        finally:
+            self._own.pop(number, None)
+        return answer(pool, lent)
+
+    def _lent(self, pool: Pool, lent: Lent) -> dict[str, Any]:
+        self._count_read(pool, lent.num_blocks)
+        payload = [memoryview(lent.table.tobytes())]
+        if not lent.num_blocks:
+            pool.give_back(lent)
+            return {"lease": 0, "payload": payload}
+        lent.table = lent.table[lent.table["state"] == State.HERE]  # no row more than it keeps
+        return {"lease": self._hold(pool, lent), "payload": payload}
+
+    def _count_read(self, pool: Pool, num_blocks: int) -> None:
+        assert self.client
+        self.client.read_blocks += num_blocks
+        self.service.metrics.bytes_read.add(num_blocks * pool.layout.block_bytes, "host")
+
+    def read(self, message: Message) -> dict[str, Any] | Coroutine[Any, Any, dict[str, Any]]:
+        """Send blocks: a table as that of LEND in the header, then those that are here."""
+        pool = self._pool(message)
+        keys = self._keys(message)
+        if len(keys) // KEY_BYTES * pool.layout.block_bytes > MAX_PAYLOAD_BYTES:
+            raise RefusedError(
+                f"{len(keys) // KEY_BYTES} blocks at once: replies have {MAX_PAYLOAD_BYTES} bytes at most; ask for fewer"
+            )
+        lent = self._borrow(pool, keys)
+        if lent.lacking:
+            return self._lifted(pool, lent, message.fields["deadline_s"], self._sent)
+        return self._sent(pool, lent)
+
+    def _sent(self, pool: Pool, lent: Lent) -> dict[str, Any]:
+        here = lent.table["place"][lent.table["state"] == State.HERE].tolist()
+        number, self._next = self._next, self._next + 1
+        table = lent.table.tobytes()
+        lent.table = lent.table[lent.table["state"] == State.HERE]
+        self._own[number] = Held(pool, lent, self.service.clock())
+        self._count_read(pool, len(here))
+
+        def after() -> None:
+            if self._own.pop(number, None):
+                pool.give_back(lent)
+
+        return {
+            "table": table,
+            "payload": [pool.slab.view(place) for place in here],
+            "after": after,
+        }
+
+    def release(self, message: Message) -> None:
+        """What was lent is not read any more."""
+        held = self.held.get(message.fields["lease"])
+        if held and isinstance(held.what, Lent):
+            del self.held[message.fields["lease"]]
+            held.pool.give_back(held.what)
+
+    def reserve(self, message: Message) -> dict[str, Any]:
+        """Give out places for a run. Payload: its tokens."""
+        pool, fields = self._pool(message), message.fields
+        tokens, step = bytes(message.payload or b""), pool.layout.block_tokens * TOKEN_BYTES
+        if not tokens or len(tokens) % step or len(tokens) // step > MAX_KEYS:
+            raise ProtocolError(f"RESERVE with {len(tokens)} bytes of tokens: whole blocks of {step} are expected")
+        if self.service.draining:
+            raise RefusedError("this daemon is about to stop: it takes no more blocks")
+        assert self.client
+        writing = pool.reserve(
+            Key(fields["root"]), Key(fields["parent"]), fields["depth"], tokens, self.client.uses[pool.number]
+        )
+        reply: dict[str, Any] = {"payload": [memoryview(writing.table.tobytes())], "lease": 0}
+        if writing.places:
+            reply["lease"] = self._hold(pool, writing)
+        else:
+            pool.abandon(writing)
+        return reply
+
+    def commit(self, message: Message) -> dict[str, Any]:
+        """The reserved places are filled. checksums: u64 each, of the block under its key."""
+        held = self.held.get(message.fields["lease"])
+        if held is None or not isinstance(held.what, Writing):
+            raise RefusedError("there is no such reservation any more: reserve again")
+        checksums = message.fields["checksums"]
+        if len(checksums) != 8 * len(held.what.places):
+            raise ProtocolError(f"{len(checksums)} bytes of checksums for {len(held.what.places)} places: 8 each")
+        del self.held[message.fields["lease"]]
+        assert self.client
+        self.client.written_blocks += len(held.what.places)
+        self.service.committed(held.pool, held.what, np.frombuffer(checksums, "<u8"))
+        return {}
+
+    def abort(self, message: Message) -> dict[str, Any]:
+        """The reserved places will not be filled; nobody is at them."""
+        held = self.held.get(message.fields["lease"])
+        if held and isinstance(held.what, Writing):
+            del self.held[message.fields["lease"]]
+            held.pool.abandon(held.what)
+        return {}
+
+    def report(self, message: Message) -> dict[str, Any]:
+        """The client found blocks that are not what they should be."""
+        return {"bad": self._pool(message).report(self._keys(message))}
+
+    def delete(self, message: Message) -> Coroutine[Any, Any, dict[str, Any]]:
+        """Forget blocks in every tier."""
+        return self._pool(message).delete(self._keys(message))
+
+    def pin(self, message: Message) -> Coroutine[Any, Any, dict[str, Any]]:
+        """Keep blocks in the slab for a time."""
+        ttl_s, prefix = message.fields["ttl_s"], message.fields["prefix"]
+        if prefix:
+            return self.service.pin(*self.service.path_of(prefix), ttl_s)
+        return self.service.pin(self._pool(message), self._keys(message), ttl_s)
+
+    def unpin(self, message: Message) -> dict[str, Any]:
+        """End pins whose name begins so; all of them if it is empty."""
+        return {"ended": self.service.unpin(message.fields["pin"])}
+
+    def forget(self, message: Message) -> Coroutine[Any, Any, dict[str, Any]]:
+        """Forget what is old, or of a model, or of a tenant, in every tier."""
+        return self.service.forget(message.fields)
+
+    def flush(self, message: Message) -> Coroutine[Any, Any, dict[str, Any]]:
+        """Write down what only memory holds."""
+        return self.service.flush(message.fields["deadline_s"])
+
+    def drain(self, message: Message) -> Coroutine[Any, Any, dict[str, Any]]:
+        """Take no more blocks, and write down what there is."""
+        self.service.draining = True
+        return self.service.flush(message.fields["deadline_s"])
+
+    def verify(self, message: Message) -> Coroutine[Any, Any, dict[str, Any]]:
+        """Compare every block with its checksum; progress comes as events of this request."""
+        return self.service.verify(lambda done: self.stream.send(Op.EVENT, message.id, done))
+
+    def stats(self, message: Message) -> dict[str, Any]:
+        """What the dashboard shows."""
+        return {"stats": self.service.stats()}
+
+    def subscribe(self, message: Message) -> dict[str, Any]:
+        """From now on, blocks that tiers begin and cease to hold come as events of this request."""
+        self.service.subscribers[self] = message.id
+        return {}
+
+
+_Handler = Callable[[Session, Message], Any]  # Any: fields of the reply, a coroutine of them, or None
+_HANDLERS: Final[dict[Op, _Handler]] = {
+    Op.HELLO: Session.hello,
+    Op.ATTACH: Session.attach,
+    Op.PING: Session.ping,
+    Op.CONTAINS: Session.contains,
+    Op.SEEK: Session.seek,
+    Op.AWAIT: Session.wait,
+    Op.READ: Session.read,
+    Op.LEND: Session.lend,
+    Op.RELEASE: Session.release,
+    Op.RESERVE: Session.reserve,
+    Op.FILL: Session.commit,
+    Op.COMMIT: Session.commit,
+    Op.ABORT: Session.abort,
+    Op.REPORT: Session.report,
+    Op.PIN: Session.pin,
+    Op.UNPIN: Session.unpin,
+    Op.FORGET: Session.forget,
+    Op.FLUSH: Session.flush,
+    Op.DRAIN: Session.drain,
+    Op.VERIFY: Session.verify,
+    Op.STATS: Session.stats,
+    Op.SUBSCRIBE: Session.subscribe,
+    Op.DELETE: Session.delete,
+}
