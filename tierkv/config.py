@@ -185,7 +185,9 @@ class ServerConfig(_Section):
     events: Annotated[str | None, optional(NAME), "ZMQ endpoint for KV events, such as tcp://127.0.0.1:5557"] = None
     events_replay: Annotated[str | None, optional(NAME), "ZMQ endpoint where missed events are asked for"] = None
     events_hashes: Annotated[
-        str, choice("ints", "keys"), "what names a block in KV events: 8 bytes of its key as a number, as routers read, or all"
+        str,
+        choice("ints", "keys"),
+        "what names a block in KV events: 8 bytes of its key as a number, as routers read, or all",
     ] = "ints"
     events_topic: Annotated[str, TEXT, "topic of KV events"] = "kv-events"
 

@@ -26,6 +26,8 @@ class Reason(StrEnum):
     EVICTED = "evicted"
     NOT_KEPT = "not_kept"
     """Computed before, and never taken in: no room, or the save was dropped."""
+    FORGOTTEN = "forgotten"
+    """Somebody asked for it: a tenant's or a model's blocks, or what was not used for long."""
     KEY_DIFFERS = "key_differs"
     """The same tokens are there, under another model, tenant, adapter or layout."""
     PARTIAL_TAIL = "partial_tail"
@@ -96,6 +98,7 @@ _SAID: Final = {
     Reason.NEVER_SEEN: "never seen",
     Reason.EVICTED: "evicted from {tier}",
     Reason.NOT_KEPT: "computed before, but not kept: no room, or the save was dropped",
+    Reason.FORGOTTEN: "forgotten by {tier} on request",
     Reason.PARTIAL_TAIL: "part of a block, which no tier keeps",
     Reason.ABSENT: "{tier} did not have it any more",
     Reason.CORRUPT: "found corrupt in {tier}, and removed",

@@ -102,7 +102,7 @@ class Handoffs:
         left_s = awaited.deadline - self._places.clock()
         if here >= whole or left_s <= 0:
             return False
-        turn_s = min(left_s, 1000.0)
+        turn_s = min(left_s, TURN_S * min(1.0, WAITERS / max(1, len(self._awaited))))
         if awaited.announced >= whole:  # what rests now has no room, or did not come
             return not awaited.expected.rests.wait(turn_s)
         known = max(0, awaited.announced - here)

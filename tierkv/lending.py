@@ -59,8 +59,8 @@ class LentMemory:
         buffer = rows.reshape(-1).data
         slab = HostSlab(num_places=len(rows), block_bytes=self._places.device.block_bytes, buffer=buffer)
         cuda = getattr(self._places.device, "cuda", None)  # of a CudaPagePool
-        if cuda:
-            self._mover.background("pin-lent", slab.pin(cuda.host_register, cuda.host_unregister))
+        steps = slab.pin(cuda.host_register, cuda.host_unregister) if cuda else slab.touch()
+        self._mover.background("pin-lent", steps)
         return _Mapping(rows, slab)
 
     def _retire(self, mapping: _Mapping) -> None:

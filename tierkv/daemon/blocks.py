@@ -24,6 +24,8 @@ PIECE_BYTES: Final = 32 << 20
 """Of blocks in one request: little enough that the leases of a slow reader are few."""
 SHARES: Final = 4
 """Parts of what this client may have on lease: so many of its threads may read at a time."""
+TOUCHED_BYTES: Final = 1 << 30
+"""Of shared memory whose pages are mapped when a client attaches."""
 GRACE_S: Final = 0.5
 """Beyond a deadline that the daemon was told, before its silence is a failure."""
 ATTACH_S: Final = 30.0
@@ -74,7 +76,8 @@ class Blocks:
     Calls raise TierError when the daemon cannot be reached, RefusedError when it says no; single blocks are values.
     """
 
-    def __init__(self, client: DaemonClient, *, namespace: Namespace, root: Key, device_bytes: int = 0, shares: bool = True
+    def __init__(
+        self, client: DaemonClient, *, namespace: Namespace, root: Key, device_bytes: int = 0, shares: bool = True
     ) -> None:
         self.client, self.layout = client, namespace.layout
         self._namespace, self._root, self._device_bytes, self.shares = namespace, root, device_bytes, shares
@@ -127,7 +130,9 @@ class Blocks:
                 places = reply.number("places", most=MAX_PLACES)
                 if known and (known.instance, known.pool, known.writable) == (link.instance, pool, writable):
                     region = known.region
-                region = region or Region(reply.fds[0], num_places=places, block_bytes=size, writable=writable)
+                if region is None:
+                    region = Region(reply.fds[0], num_places=places, block_bytes=size, writable=writable)
+                    region.touch(TOUCHED_BYTES)
             most = max(1, min(self._most, reply.number("lease_blocks") // SHARES))
             return _Attached(link.instance, pool, region, writable, most)
         finally:

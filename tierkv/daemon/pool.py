@@ -30,6 +30,7 @@ from tierkv.daemon.protocol import LOANS, State
 from tierkv.daemon.slab import SharedSlab
 from tierkv.edges import Edges
 from tierkv.errors import ConfigError, RefusedError
+from tierkv.explain import Reason, from_index
 from tierkv.index import Copy, Lease
 from tierkv.keys import KEY_BYTES, Key, Namespace, chain
 from tierkv.layout import TOKEN_BYTES, Layout
@@ -62,6 +63,16 @@ class Uses(OrderedDict[bytes, Use]):
         self[key] = use
         if len(self) > MAX_USES:
             self.popitem(last=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Sought:
+    """What a look-up found: leading blocks, of those after the first `before` of the path of tokens under `root`."""
+
+    found: int
+    root: Key
+    path: bytes
+    before: int
 
 
 @dataclass(slots=True, eq=False)
@@ -176,6 +187,7 @@ class Pool:
             disk = next((below.tier for below in self.below if below.number == DISK), None)
             if disk:
                 sizes["disk"] = cast(Any, disk).num_slots  # Any: a DiskTier, known to `building` alone
+            self._tier_names = tuple(sizes)
             cost = CostModel(block_tokens=layout.block_tokens, block_bytes=layout.block_bytes)
             self.index = make_index(config, layout, cost, sizes, named=True, listener=self._listener)
             places = Places(
@@ -238,8 +250,8 @@ class Pool:
         end = present.find(0)
         return len(present) if end < 0 else end
 
-    def seek(self, root: Key, parent: Key, depth: int, keys: bytes, tokens: bytes, uses: Uses) -> int:
-        """Leading keys that some tier of this daemon's own holds; the request counts as a use of its whole path."""
+    def seek(self, root: Key, parent: Key, depth: int, keys: bytes, tokens: bytes, uses: Uses) -> Sought:
+        """Look up a request in the tiers of this daemon's own; it counts as a use of its whole path."""
         count = self.leading(keys)
         with self._lease_at(root, parent, depth) as before:
             path = before.tokens(0, before.num_blocks) + tokens
@@ -247,24 +259,22 @@ class Pool:
                 if lease.use:
                     uses.note(keys[(count - 1) * KEY_BYTES : count * KEY_BYTES] if count else parent, lease.use)
                 self.edges.copy_second_use(lease)
-        self._count_lookup(keys, count)
-        return count
+            return Sought(count, before.root, path, before.num_blocks)
 
-    def _count_lookup(self, keys: bytes, count: int) -> None:
-        num_keys = len(keys) // KEY_BYTES
-        present = self.presence(keys[: count * KEY_BYTES])
-        for number, below in ((HOST + 1, "host"), (DISK + 1, "disk")):
-            if found := present.count(number):
-                self.metrics.daemon_lookup_blocks.add(found, below)
+    def count_lookup(self, sought: Sought, keys: bytes, shared: int) -> None:
+        """Count what a look-up found, by tier, and why it found no more. shared: blocks that only a shared tier had."""
+        present = self.presence(keys[: sought.found * KEY_BYTES])
+        for number, tier in ((HOST, "host"), (DISK, "disk")):
+            if found := present.count(number + 1):
+                self.metrics.daemon_lookup_blocks.add(found, tier)
+        if shared:
+            self.metrics.daemon_lookup_blocks.add(shared, self.shared[0].name)
         self.metrics.daemon_lookups.add(1)
-        if count < num_keys:
-            known = self.index.trace(keys[count * KEY_BYTES :])
-            evicted = sum(traced.lease.num_blocks - traced.lease.lo for traced in known)
-            for traced in known:
-                traced.lease.release()
-            for reason, blocks in (("evicted", evicted), ("never seen", num_keys - count - evicted)):
-                if blocks:
-                    self.metrics.missed_blocks.add(blocks, reason)
+        first = sought.before + sought.found + shared
+        if first < sought.before + len(keys) // KEY_BYTES:
+            for stretch in from_index(self.index.explain(sought.root, sought.path), self._tier_names):
+                if (missed := stretch.hi - max(stretch.lo, first)) > 0:
+                    self.metrics.missed_blocks.add(missed, stretch.reason or Reason.UNREACHABLE)
 
     @property
     def shared(self) -> list[Below]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tierkv import __version__
 from tierkv.daemon.access import NEEDS, Peer, Role
-from tierkv.daemon.pool import Lent, Pool, Writing
+from tierkv.daemon.pool import Lent, Pool, Sought, Writing
 from tierkv.daemon.protocol import (
     MAX_KEYS,
     MAX_PAYLOAD_BYTES,
@@ -103,7 +103,9 @@ class Session:
             )
             return
         if len(self._tasks) >= MAX_TASKS and message.op not in ONE_WAY:
-            self.stream.refuse(message.id, f"{MAX_TASKS} requests of this connection wait already: read some answers first")
+            self.stream.refuse(
+                message.id, f"{MAX_TASKS} requests of this connection wait already: read some answers first"
+            )
             return
         start = time.perf_counter()
         try:
@@ -305,23 +307,26 @@ class Session:
         keys, tokens = whole[: count * KEY_BYTES], whole[count * KEY_BYTES :]
         assert self.client
         root, parent, depth = Key(fields["root"]), Key(fields["parent"]), fields["depth"]
-        found = pool.seek(root, parent, depth, keys, tokens, self.client.uses[pool.number])
-        self.service.noted(pool, root, keys, found, depth)
-        if found < count and pool.shared:
-            return self._seek_shared(pool, message, keys, tokens, found)
-        return {"found": found}
+        sought = pool.seek(root, parent, depth, keys, tokens, self.client.uses[pool.number])
+        if sought.found < count and pool.shared:
+            return self._seek_shared(pool, message, keys, tokens, sought)
+        return self._sought(pool, message, keys, sought, 0)
 
     async def _seek_shared(
-        self, pool: Pool, message: Message, keys: bytes, tokens: bytes, found: int
+        self, pool: Pool, message: Message, keys: bytes, tokens: bytes, sought: Sought
     ) -> dict[str, Any]:
         fields, step = message.fields, pool.layout.block_tokens * TOKEN_BYTES
-        at = found * KEY_BYTES
+        found, at = sought.found, sought.found * KEY_BYTES
         parent = Key(keys[at - KEY_BYTES : at]) if found else Key(fields["parent"])
-        more = await pool.seek_shared(
-            Key(fields["root"]), parent, fields["depth"] + found, keys[at:], tokens[found * step :]
-        )
-        self.service.metrics.daemon_lookup_blocks.add(more, "redis")
-        return {"found": found + more}
+        root, depth = Key(fields["root"]), fields["depth"] + found
+        more = await pool.seek_shared(root, parent, depth, keys[at:], tokens[found * step :])
+        return self._sought(pool, message, keys, sought, more)
+
+    def _sought(self, pool: Pool, message: Message, keys: bytes, sought: Sought, shared: int) -> dict[str, Any]:
+        found = sought.found + shared
+        pool.count_lookup(sought, keys, shared)
+        self.service.noted(pool, Key(message.fields["root"]), keys, found, message.fields["depth"])
+        return {"found": found}
 
     async def wait(self, message: Message) -> dict[str, Any]:
         """Answer once more leading keys are held than are known, or the time is up."""
