@@ -23,8 +23,8 @@ from tierkv.tiers.host_memory import populate
 
 PAGE: Final = 4096
 STEP_BYTES: Final = 1 << 20
-"""Copied before it is hashed, while it still is in a cache. Page-aligned memory is copied at the same speed in pieces of any size;
-out of other memory, pieces under 1 MiB come at half of it (`rep movsb` on 4 KiB pages; 2-core AMD EPYC VM, 2026-11-30)."""
+"""Copied before it is hashed, while it still is in a cache. Page-aligned memory comes at the same speed in pieces of any size,
+other memory at half of it in pieces under 1 MiB (`rep movsb` on 4 KiB pages; 2-core AMD EPYC VM, 2026-11-30)."""
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -268,6 +268,8 @@ class Service:
         self.pools[number], self.logs[number] = pool, events
         self.clocks[number] = deque([(self.clock(), 0)], maxlen=MAX_CLOCKS)
         upkeep.observe(self.metrics, list(self.pools.values()))
+        if number == 1:  # what other pools would hold has no name among the metrics
+            self._distances[number] = upkeep.what_if_larger(self.metrics, pool)
         log.info(
             "pool %d: blocks of %d bytes (%s), %d in memory", number, layout.block_bytes, layout, pool.slab.num_places
         )

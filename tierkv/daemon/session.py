@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -73,6 +74,7 @@ class Session:
     held: dict[int, Held] = field(default_factory=dict)
     _own: dict[int, Held] = field(default_factory=dict)  # what the daemon itself is at: the client cannot give it back
     _timer: asyncio.TimerHandle | None = None
+    _moved: tuple[int, float] = 0, -inf  # bytes, as of the last look, and when they were fewer
     _next: int = 1
     _tasks: set["asyncio.Task[None]"] = field(default_factory=set)
 
@@ -191,6 +193,11 @@ class Session:
             log.warning(
                 "daemon: %s read for too long: its lease is taken back", self.client.name if self.client else "?"
             )
+        if self.stream.sent_bytes != self._moved[0]:
+            self._moved = self.stream.sent_bytes, self.service.clock()
+        stuck = self.stream.is_sending and self._moved[1] < before
+        if stuck and any(own.since < before for own in self._own.values()):
+            self.stream.close("it does not read the blocks that it asked for")
 
     def end(self, reason: str) -> None:
         """The connection is over."""

@@ -32,6 +32,7 @@ class Stream:
     """A non-blocking socket, TLS or not.
 
     on_message: each whole message, in order; may raise ProtocolError.  on_end: once, with the reason, when the stream is over.
+    sent_bytes: so far.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -40,6 +41,7 @@ class Stream:
     on_message: Callable[[Message], None]
     on_end: Callable[[str], None]
     closed: bool = False
+    sent_bytes: int = 0
     _outbox: deque[_Outgoing] = field(default_factory=deque)
     _unsent: int = 0
     _reading: bool = False
@@ -106,6 +108,11 @@ class Stream:
         self.on_message(message)
         return not self.closed
 
+    @property
+    def is_sending(self) -> bool:
+        """Something waits until the other side reads."""
+        return bool(self._outbox)
+
     # -- out ----------------------------------------------------------------------------------------------------------
 
     def send(
@@ -170,6 +177,7 @@ class Stream:
         if left:
             views[0] = views[0][left:]
         self._unsent -= sent
+        self.sent_bytes += sent
         if not views:
             self._outbox.popleft()
             if outgoing.after:
