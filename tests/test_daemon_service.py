@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
+import msgpack
 import pytest
 
 from tests import browser
 from tests.browser import chromium, page
-from tests.daemon_parts import RunningDaemon, config_of, running
+from tests.daemon_parts import PATIENCE_S, RunningDaemon, config_of, running
 from tests.daemon_stats import document, figures
 from tierkv.config import Config, HostConfig, RedisConfig
 from tierkv.daemon.blocks import Blocks
@@ -235,6 +236,32 @@ def test_subscribers_hear_what_is_stored_and_removed(tmp_path: Path) -> None:
         assert {event["kind"] for event in gone} == {"removed"}
         assert b"".join(run.keys) in [event["keys"] for event in gone]
         events.close()
+
+
+def test_routers_hear_of_blocks_as_vllm_tells_them(tmp_path: Path) -> None:
+    zmq = pytest.importorskip("zmq", reason="pyzmq is not installed")
+    with running(tmp_path, events="tcp://127.0.0.1:*") as daemon, daemon.blocks() as blocks:
+        assert daemon.service.publisher
+        with zmq.Context() as context, context.socket(zmq.SUB) as router:
+            router.setsockopt(zmq.RCVTIMEO, int(1000 * PATIENCE_S))
+            router.subscribe(b"kv-events")
+            router.connect(daemon.service.publisher.endpoint)
+            told: list[dict[str, Any]] = []
+            seed = 0
+            while not any(event["type"] == "BlockStored" for event in told):  # it hears nothing before it has joined
+                seed += 1
+                run = written(blocks, 2, seed=seed)
+                if router.poll(1000):
+                    _, _, batch = router.recv_multipart()
+                    told += msgpack.unpackb(batch)[1]
+        (stored, *_) = [event for event in told if event["type"] == "BlockStored"]
+        assert (
+            len(stored["block_hashes"]) == 2
+            and stored["medium"] == "CPU"
+            and stored["block_size"] == SMALL.block_tokens
+        )
+        assert stored["block_hashes"][0] in [int.from_bytes(key[-8:], "big") for key in run.keys]
+        assert stored["parent_block_hash"] is None and len(stored["token_ids"]) == 2 * SMALL.block_tokens
 
 
 def test_the_document_has_what_its_page_expects(tmp_path: Path) -> None:
