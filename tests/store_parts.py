@@ -1,5 +1,7 @@
 """A whole store over tiers in memory, whose jobs run when the test says so, and KV that is a function of its tokens."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from queue import SimpleQueue
 from typing import Any
 
@@ -9,13 +11,14 @@ import torch
 from tierkv import policies
 from tierkv.cost import CostModel
 from tierkv.index import Index, TierSpec
-from tierkv.keys import Namespace, token_bytes
+from tierkv.keys import Key, Namespace, token_bytes
 from tierkv.layout import Layout
 from tierkv.metrics import Metrics
 from tierkv.mover import Breaker, LaneSpec, Mover
 from tierkv.policies.base import Observer
 from tierkv.store import Store
 from tierkv.testing import FakeClock, FaultyTier, MemoryTier, SharedMemoryTier, StepExecutor
+from tierkv.tiers.base import Lending
 from tierkv.tiers.device import PagePool
 from tierkv.tiers.host import HostSlab
 from tierkv.transfers import HOST, Below, Places
@@ -33,8 +36,49 @@ def content(tokens: bytes, block: int) -> np.ndarray[Any, Any]:
     return np.frombuffer(np.random.default_rng(seed).bytes(TINY.block_bytes), np.uint8)
 
 
+class LendingTier(SharedMemoryTier):
+    """A shared tier whose blocks can be copied from memory. takes_back: the next loan's memory goes to others before the copy."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        self.rows = np.zeros((64, 4096), np.uint8)
+        self.takes_back = False
+        self.num_loans = 0
+
+    @property
+    def lends(self) -> bool:
+        return True
+
+    @contextmanager
+    def lend(self, keys: Sequence[Key], *, deadline_s: float) -> Iterator[Lending | None]:
+        came = [self._read(key, self.rows[place].data) for place, key in enumerate(keys)]
+        taken, self.takes_back = self.takes_back, False
+        if taken:
+            self.rows[:] = 0xA5
+        self.num_loans += 1
+        yield Lending(self.rows, [place if ok else None for place, ok in enumerate(came)], lambda: self.intact(taken))
+
+    def intact(self, taken: bool) -> bool:
+        return not taken
+
+
+class FaultyLender(FaultyTier):
+    """A seeded fault in front of a LendingTier."""
+
+    @property
+    def lends(self) -> bool:
+        return self._tier.lends
+
+    def lend(self, keys: Sequence[Key], *, deadline_s: float) -> AbstractContextManager[Lending | None]:
+        loan: AbstractContextManager[Lending | None] = self._call(lambda: self._tier.lend(keys, deadline_s=deadline_s))
+        return loan
+
+
 class Parts:
-    """The store, and what a test steps, damages and looks at. edges: `copy_down` of host, memory and shared."""
+    """The store, and what a test steps, damages and looks at. edges: `copy_down` of host, memory and shared.
+
+    lends: the shared tier does.
+    """
 
     def __init__(
         self,
@@ -46,6 +90,7 @@ class Parts:
         policy: str = "lru",
         observer: Observer | None = None,
         history: int = 0,
+        lends: bool = False,
     ) -> None:
         self.clock, self.metrics, self.steps = FakeClock(), Metrics(), StepExecutor()
         cost = CostModel(block_tokens=TINY.block_tokens, block_bytes=TINY.block_bytes)
@@ -61,8 +106,8 @@ class Parts:
         spares: SimpleQueue[list[int]] = SimpleQueue()
         spares.put(list(range(host, host + PIECE)))
         self.own = MemoryTier(metrics=self.metrics, capacity_blocks=slots)
-        self.shared = SharedMemoryTier(metrics=self.metrics)
-        self.faulty = [FaultyTier(self.own), FaultyTier(self.shared)]
+        self.shared = LendingTier(metrics=self.metrics) if lends else SharedMemoryTier(metrics=self.metrics)
+        self.faulty = [FaultyTier(self.own), FaultyLender(self.shared)]
         below = [
             Below(tier, "here", number, edge, Breaker(tier.name, metrics=self.metrics, clock=self.clock))
             for tier, number, edge in zip(self.faulty, (2, None), edges[1:], strict=True)

@@ -96,7 +96,20 @@ def other_tier(use: Use) -> bool:
 
 INDEX = tuple(
     f"tierkv.{part}"
-    for part in ("index", "strands", "paths", "tree", "lease", "rooms", "wants", "fates", "recovery", "audit", "names", "purge")
+    for part in (
+        "index",
+        "strands",
+        "paths",
+        "tree",
+        "lease",
+        "rooms",
+        "wants",
+        "fates",
+        "recovery",
+        "audit",
+        "names",
+        "purge",
+    )
 )
 STORE = tuple(
     f"tierkv.{part}"

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.store_parts import DEADLINE_S, STEP, Parts, content
+from tests.store_parts import DEADLINE_S, STEP, LendingTier, Parts, content
 from tierkv import edges, pins, policies, transfers
 from tierkv.ahead import Ahead, Expected
 from tierkv.errors import PinError
@@ -50,7 +50,9 @@ class Request:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Requests over a store with all kinds of tiers."""
+    """Requests over a store with all kinds of tiers. lends: the shared one does."""
+
+    lends = False
 
     @initialize(
         pages=st.integers(6, 14),
@@ -61,7 +63,9 @@ class StoreMachine(RuleBasedStateMachine):
         history=st.sampled_from([0, 6]),
     )
     def begin(self, pages: int, host: int, slots: int, edges: tuple[str, str, str], policy: str, history: int) -> None:
-        self.parts = Parts(pages=pages, host=host, slots=slots, edges=edges, policy=policy, history=history)
+        self.parts = Parts(
+            pages=pages, host=host, slots=slots, edges=edges, policy=policy, history=history, lends=self.lends
+        )
         self.store, self.steps, self.clock = self.parts.store, self.parts.steps, self.parts.clock
         self.own, self.shared, self.faulty = self.parts.own, self.parts.shared, self.parts.faulty
         self.prompts: list[bytes] = []
@@ -294,11 +298,36 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.places.spares.qsize() == 1, "spare places have leaked"
         assert not self.store.index._tree.wants, "a want has leaked"
         self.store.index.check()
+        self.store._memory.close()
         self.store.places.host.close()
 
 
 StoreMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 test_store = StoreMachine.TestCase
+
+
+class LendingMachine(StoreMachine):
+    """The same, over a tier whose blocks are copied straight out of its memory."""
+
+    lends = True
+
+    @precondition(lambda self: self.prompts)
+    @rule(base=st.integers(0, 99), taken=st.booleans())
+    def come_back_from_memory(self, base: int, taken: bool) -> None:
+        """A prompt that is known is left in the shared tier alone, which lends it, and is asked for again."""
+        self.serve([], 99, base, drain=True, stay=False)
+        self.flush_device()
+        for tier in (HOST, 2):
+            self.store.index.evict(tier)
+        self.own.delete(list(self.own.stored))
+        assert isinstance(self.shared, LendingTier)
+        self.shared.takes_back = taken
+        self.serve([], 99, base, drain=True, stay=False)
+        self.shared.takes_back = False
+
+
+LendingMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+test_store_that_is_lent_to = LendingMachine.TestCase
 
 
 # -- the machine itself must be able to fail --------------------------------------------------------------------------
@@ -374,3 +403,10 @@ def test_a_planted_fault_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) 
     quick = settings(max_examples=400, stateful_step_count=40, deadline=None, database=None, phases=[Phase.generate])
     with pytest.raises(Exception):  # noqa: B017  whatever breaks first: an assertion here or in the index, an error
         run_state_machine_as_test(StoreMachine, settings=quick)
+
+
+def test_a_load_that_believes_memory_that_was_taken_back_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LendingTier, "intact", lambda self, taken: True)
+    quick = settings(max_examples=400, stateful_step_count=40, deadline=None, database=None, phases=[Phase.generate])
+    with pytest.raises(AssertionError, match="a load brought other KV"):
+        run_state_machine_as_test(LendingMachine, settings=quick)
