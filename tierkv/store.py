@@ -6,7 +6,7 @@ One thread (an engine's scheduler) makes these calls; none of them blocks on I/O
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
@@ -97,7 +97,7 @@ class Store:
             block_bytes=self._block_bytes,
             places=places,
             below=self._numbered,
-            ask=self._ask if self._shared else None,
+            ask=partial(self._ask, Below.peek) if self._shared else None,
             mover=mover,
             share=ahead_share,
             piece=piece,
@@ -160,17 +160,20 @@ class Store:
 
     def _run_probe(self, lease: Lease, tokens: bytes) -> Found | None:
         with lease:
-            return self._ask(lease, tokens)
+            return self._ask(Below.seek, lease, tokens)
 
-    def _ask(self, lease: Lease, tokens: bytes) -> Found | None:
-        """Keys after the lease's blocks that a shared tier holds: the longest leading run of any of them."""
+    def _ask(self, how: Callable[..., int], lease: Lease, tokens: bytes) -> Found | None:
+        """Keys after the lease's blocks that a shared tier holds: the longest leading run of any of them.
+
+        how: `Below.seek` for the request itself, `Below.peek` for what is done ahead of it.
+        """
         known = lease.num_blocks
         parent = lease.keys(known - 1, known)[0] if known else self.root
         rest = tokens[known * self._block_bytes : len(tokens) // self._block_bytes * self._block_bytes]
         keys = tuple(chain(parent, rest, block_tokens=self.layout.block_tokens))
         best: Found | None = None
         for below in self._shared:
-            found = below.seek(Run(self.root, parent, known, keys, rest), failures=self.metrics.misses)
+            found = how(below, Run(self.root, parent, known, keys, rest), failures=self.metrics.misses)
             if found and (best is None or found > len(best[1])):
                 best = (below, list(keys[:found]))
         return best

@@ -70,6 +70,11 @@ class Below:
         """How many leading blocks of `run` the tier has; none when it broke."""
         return self.attempt(partial(self.tier.seek, run), count=len(run.keys), failures=failures) or 0
 
+    def peek(self, run: Run, *, failures: Counter) -> int:
+        """The same for whoever only looks: it counts as no use."""
+        present = self.attempt(partial(self.tier.contains, run.keys), count=len(run.keys), failures=failures) or [False]
+        return present.index(False) if False in present else len(present)
+
     def forget(self, keys: Sequence[Key]) -> bool:
         """Delete keys, so that their room may be used again; False if the tier broke."""
         try:
