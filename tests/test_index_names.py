@@ -115,6 +115,17 @@ def test_blocks_are_named_once_their_keys_are_known() -> None:
     index.check([])
 
 
+def test_blocks_that_follow_known_ones_are_named_by_keys_that_begin_before_them() -> None:
+    index = new_index()
+    save(index, 1, 2).release()
+    keys = [Key(key) for key in keys_of(1, 2, 3, 4)]
+    with index.keep(ROOT, b"") as lease:
+        index.extend(lease, prompt(1, 2, 3, 4), keys=keys)
+        ((position, traced),) = index.trace(b"".join(keys))
+        assert (position, traced.lo, traced.num_blocks) == (0, 0, 4)
+        traced.release()
+
+
 def test_what_comes_back_after_a_stop_is_named() -> None:
     index = new_index()
     keys = [Key(key) for key in keys_of(1, 2, 3)]

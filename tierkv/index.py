@@ -24,7 +24,7 @@ from tierkv.fates import Known
 from tierkv.hints import NO_HINTS, Ending, Hints
 from tierkv.keys import KEY_BYTES, Key
 from tierkv.lease import Copy, Head, Lease, Match, Purged, Reservation, Traced, outcomes, ranges
-from tierkv.names import Listener, Names
+from tierkv.names import Listener, Names, Stretch
 from tierkv.policies.base import Observer, Use
 from tierkv.purge import purge
 from tierkv.recovery import Recovery
@@ -181,12 +181,23 @@ class Index:
         `lo` is kept, too. In order; keys that are not known are not covered. It counts as no use.
         """
         known = self._named(keys)
-        traced = []
         with self._lock:
-            for position, lo, strand, end, tiers in known.stretches(keys):
-                self._serial += 1
-                lease = Lease(self, self._serial, strand.root, strand, end, tiers, lo=lo)
-                traced.append(Traced(position, lease))
+            return self._lease_stretches(known.stretches(keys))
+
+    def trace_all(self, keys: bytes) -> list[Traced]:
+        """As `trace`; then the same blocks on other paths: one may be known under its root and under the key of a block of it.
+
+        For what must not be found again.
+        """
+        known = self._named(keys)
+        with self._lock:
+            return self._lease_stretches(known.stretches(keys) + known.twins(keys))
+
+    def _lease_stretches(self, stretches: list[Stretch]) -> list[Traced]:
+        traced = []
+        for position, lo, strand, end, tiers in stretches:
+            self._serial += 1
+            traced.append(Traced(position, Lease(self, self._serial, strand.root, strand, end, tiers, lo=lo)))
         return traced
 
     def _named(self, keys: bytes) -> Names:
@@ -258,8 +269,9 @@ class Index:
                     tree.observer.extend(strand, end - count + known, end, lease.use)
             segments = tree.segments(strand, end, start, start + count)
             for part, lo, hi in segments if keys else ():
-                if part.num_keys == lo and part.key(lo - 1):  # never a key without the one before
-                    tree.name(part, b"".join((keys or ())[part.depth + lo - start : part.depth + hi - start]))
+                named = part.num_keys
+                if lo <= named < hi and part.key(named - 1):  # never a key without the one before
+                    tree.name(part, b"".join((keys or ())[part.depth + named - start : part.depth + hi - start]))
             tree.use(strand, end)
             tiers = lease._tiers
             if tier is not None:

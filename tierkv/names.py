@@ -107,6 +107,20 @@ class Names:
             last = at + hi - lo
         return [part._replace(tiers=_tiers(presence, part)) for part in found]
 
+    def twins(self, keys: bytes) -> list[Stretch]:
+        """The blocks of a query on paths that other strands have the names of, one by one."""
+        if not self._earlier:
+            return []
+        found = []
+        for position, key in enumerate(_split(keys)):
+            for strand in self._earlier.get(key, ()):
+                block = _find(strand.keys, key, 0)
+                presence = bytearray(1)
+                _mark(presence, 0, strand, block, block + 1)
+                tiers = 1 << presence[0] - 1 if presence[0] else 0
+                found.append(Stretch(position, strand.depth + block, strand, block + 1, tiers))
+        return found
+
     def items(self) -> Iterator[tuple[bytes, list[Strand]]]:
         """Every key with all strands that have it, the one that it names last."""
         return ((key, [*self._earlier.get(key, ()), strand]) for key, strand in self._strands.items())

@@ -8,6 +8,7 @@ through the socket, straight from and to the caller's memory. Nothing is believe
 read when the copy in the caller's memory has the checksum that its writer gave it.
 """
 
+import json
 import os
 import secrets
 import sys
@@ -168,7 +169,11 @@ class DaemonClient:
 
     def stats(self) -> dict[str, Any]:
         """What the daemon tells of itself."""
-        return self.call(Op.STATS, {}).table("stats")
+        reply = self.call(Op.STATS, {})
+        try:
+            return dict(json.loads(reply.payload))
+        except ValueError as error:
+            raise TierError(f"{self.url}: statistics that are none: {error}") from None
 
     def forget(
         self, *, model: str | None = None, tenant: str | None = None, older_s: float | None = None

@@ -9,7 +9,7 @@ No I/O and no asyncio here; sockets are in zmq_events.py.
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from threading import Lock
 from typing import Any, Final, cast
@@ -34,6 +34,9 @@ configured to (`kvCacheBackendConfigs`)."""
 
 BATCH_BYTES: Final = 1 << 18
 """Keys and tokens of one batch, unless a single event has more."""
+
+MAX_EVENTS: Final = 64
+"""Of one message of the daemon's own protocol."""
 
 _EVENT_BYTES: Final = 256  # of memory, beside keys and tokens
 
@@ -140,6 +143,36 @@ class EventLog:
                 self._first += 1
                 self._num_dropped += 1
                 self._void = True
+
+
+def batches(events: Sequence[Event]) -> Iterator[list[Event]]:
+    """Events in order, BATCH_BYTES and MAX_EVENTS of them at a time. Of a larger one come parts, which share its number."""
+    batch: list[Event] = []
+    num_bytes = 0
+    for event in events:
+        for part in _parts(event):
+            part_bytes = len(part.keys) + len(part.tokens)
+            if batch and (num_bytes + part_bytes > BATCH_BYTES or len(batch) == MAX_EVENTS):
+                yield batch
+                batch, num_bytes = [], 0
+            batch.append(part)
+            num_bytes += part_bytes
+    if batch:
+        yield batch
+
+
+def _parts(event: Event) -> Iterator[Event]:
+    num_keys, num_bytes = len(event.keys) // KEY_BYTES, len(event.keys) + len(event.tokens)
+    if num_bytes <= BATCH_BYTES:
+        yield event
+        return
+    step, token_bytes = max(1, BATCH_BYTES * num_keys // num_bytes), len(event.tokens) // num_keys
+    parent, stored = event.parent, event.kind is Kind.STORED
+    for lo in range(0, num_keys, step):
+        keys = event.keys[lo * KEY_BYTES : (lo + step) * KEY_BYTES]
+        tokens = event.tokens[lo * token_bytes : (lo + step) * token_bytes]
+        yield replace(event, parent=parent, depth=event.depth + lo * stored, keys=keys, tokens=tokens)
+        parent = Key(keys[-KEY_BYTES:]) if stored else None
 
 
 def encode(events: Sequence[Event]) -> list[dict[str, Any]]:  # Any: values of several types, for msgpack

@@ -410,7 +410,6 @@ class Pool:
             lease.use = uses.pop(parent, None) or self._use(lease, tokens)
             first = lease.num_blocks
             self.index.extend(lease, tokens, keys=keys)
-            lease.keys(first, lease.num_blocks)  # `extend` names none where the first of them were known before
             if lease.use:
                 uses.note(keys[-1] if keys else parent, lease.use)
             self.edges.copy_ahead(len(keys))
@@ -477,7 +476,7 @@ class Pool:
     async def delete(self, keys: bytes) -> dict[str, Any]:
         """Forget blocks in every tier; what is being read stays where it is until that is over."""
         names = _split(keys)
-        for _, lease in self.index.trace(keys):
+        for _, lease in self.index.trace_all(keys):
             with lease:
                 for tier in (HOST, DISK)[: 1 + any(below.number == DISK for below in self.below)]:
                     blocks = [
@@ -495,7 +494,7 @@ class Pool:
     def report(self, keys: bytes) -> int:
         """A reader found these blocks not to be what they should: look, and forget those that are bad. How many were."""
         bad = 0
-        for _, lease in self.index.trace(keys):
+        for _, lease in self.index.trace_all(keys):
             with lease:
                 for lo, hi in lease.held(HOST, lease.lo, lease.num_blocks):
                     try:

@@ -25,6 +25,8 @@ from tierkv.metrics import Metrics
 
 SWITCH_S: Final = 0.0005
 """How long a thread may keep the interpreter: movers must not hold up the loop for 5 ms at a time."""
+CROWDED_S: Final = 0.25
+"""Without new connections, once there were no descriptors for them."""
 log = logging.getLogger("tierkv")
 
 
@@ -149,6 +151,11 @@ class Server:
         if service.publisher:
             self._told(f"KV events on {service.publisher.endpoint}")
 
+    def _accept_again(self, url: str, listener: socket.socket) -> None:
+        assert self._loop
+        if listener.fileno() >= 0:
+            self._loop.add_reader(listener, self._accept, url, listener)
+
     def _accept(self, url: str, listener: socket.socket) -> None:
         assert self._loop
         for _ in range(64):
@@ -157,7 +164,9 @@ class Server:
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:  # out of descriptors: those who are here are served on
-                log.warning("daemon: a connection cannot be taken: %s", error.strerror)
+                log.warning("daemon: connections cannot be taken for %g s: %s", CROWDED_S, error.strerror)
+                self._loop.remove_reader(listener)  # which would call again at once, and again
+                self._loop.call_later(CROWDED_S, self._accept_again, url, listener)
                 return
             try:
                 peer = peer_of(sock)
@@ -201,7 +210,7 @@ class Server:
         """No new clients; write down; then close."""
         assert self._loop
         service, drain_s = self.service, self.config.server.drain_s
-        service.draining = True
+        service.draining = service.ending = True
         for url, sock in self._sockets:
             self._loop.remove_reader(sock)
             sock.close()

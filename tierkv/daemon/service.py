@@ -18,7 +18,7 @@ from tierkv.building import make_mover
 from tierkv.config import Config
 from tierkv.daemon import upkeep
 from tierkv.daemon.access import Tokens
-from tierkv.daemon.events import EventLog, encode
+from tierkv.daemon.events import EventLog, batches, encode
 from tierkv.daemon.pool import Lent, Pool, Uses, Writing
 from tierkv.daemon.popular import MAX_PREFIXES, Popular
 from tierkv.daemon.protocol import Op, State
@@ -98,7 +98,8 @@ class Service:
         self.publisher: ZmqPublisher | None = None
         self.popular = Popular()
         self.pins: dict[str, Pinned] = {}
-        self.draining = False
+        self.draining = False  # no more blocks are taken
+        self.ending = False  # nothing long is gone on with
         self.listening: tuple[str, ...] = ()
         self.http: str | None = None
         self.instance = secrets.token_bytes(16)
@@ -400,7 +401,7 @@ class Service:
             def progress(done: dict[str, Any]) -> None:
                 loop.call_soon_threadsafe(told, done)
 
-            for tier, found in (await self._job(partial(upkeep.verify, pool, progress))).items():
+            for tier, found in (await self._job(partial(upkeep.verify, pool, progress, lambda: self.ending))).items():
                 of = counts.setdefault(tier, {"checked": 0, "bad": 0})
                 for name, number in found.items():
                     of[name] += number
@@ -437,9 +438,9 @@ class Service:
             if self.publisher and told:
                 block_tokens = self.pools[number].layout.block_tokens
                 self.publisher.publish(told, block_tokens=block_tokens, now=time.time())
-            for session, id in list(self.subscribers.items()):
-                for at in range(0, len(told), 64):
-                    fields = {"pool": number, "events": encode(told[at : at + 64])}
+            for batch in batches(told) if self.subscribers else ():
+                fields = {"pool": number, "events": encode(batch)}
+                for session, id in list(self.subscribers.items()):
                     session.stream.send(Op.EVENT, id, fields)
 
     def stats(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ What is quick is answered at once; what waits for a tier becomes a task, and lat
 """
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 HELLO_S: Final = 10.0
 """Seconds for TLS and the handshake."""
+REPORT_BYTES: Final = 64 << 20
+"""Looked at for one REPORT, while others wait; more are found when they are read next."""
 MAX_TASKS: Final = 64
 """Requests of one connection that wait for a tier, or for another client, at a time."""
 _TRASH: Final = memoryview(bytearray(1 << 20))
@@ -475,7 +478,9 @@ class Session:
 
     def report(self, message: Message) -> dict[str, Any]:
         """The client found blocks that are not what they should be."""
-        return {"bad": self._pool(message).report(self._keys(message))}
+        pool = self._pool(message)
+        most = max(1, REPORT_BYTES // pool.layout.block_bytes)
+        return {"bad": pool.report(self._keys(message)[: most * KEY_BYTES])}
 
     def delete(self, message: Message) -> Coroutine[Any, Any, dict[str, Any]]:
         """Forget blocks in every tier."""
@@ -511,7 +516,7 @@ class Session:
 
     def stats(self, message: Message) -> dict[str, Any]:
         """What the dashboard shows."""
-        return {"stats": self.service.stats()}
+        return {"payload": [memoryview(json.dumps(self.service.stats()).encode())]}
 
     def subscribe(self, message: Message) -> dict[str, Any]:
         """From now on, blocks that tiers begin and cease to hold come as events of this request."""

@@ -90,10 +90,12 @@ def write_all(pool: Pool, clock: Clock, end: float) -> int:
     return int(pool.metrics.blocks_spilled.value("host") - before)
 
 
-def verify(pool: Pool, told: Callable[[dict[str, Any]], object]) -> dict[str, dict[str, int]]:
+def verify(
+    pool: Pool, told: Callable[[dict[str, Any]], object], stopped: Callable[[], bool]
+) -> dict[str, dict[str, int]]:
     """Compare all blocks of memory and disk with their checksums; the bad ones are forgotten.
 
-    told: hears of progress, {tier, checked, blocks, bad}.
+    told: hears of progress, {tier, checked, blocks, bad}.  stopped: ends it early; a daemon that is to end cannot wait for it.
     """
     found: dict[str, dict[str, int]] = {}
     tiers = [(HOST, "host", partial(_verify_host, pool))]
@@ -104,6 +106,8 @@ def verify(pool: Pool, told: Callable[[dict[str, Any]], object]) -> dict[str, di
         keys = [key for lease in _kept(pool, number, None) for key in lease.keys(lease.lo, lease.num_blocks)]
         counts = found[name] = {"checked": 0, "bad": 0}
         for at in range(0, len(keys), VERIFY_BLOCKS):
+            if stopped():
+                return found
             checked, bad = check(keys[at : at + VERIFY_BLOCKS])
             counts["checked"] += checked
             counts["bad"] += bad
@@ -132,13 +136,18 @@ def _verify_disk(pool: Pool, keys: Sequence[Key]) -> tuple[int, int]:
     room = bytearray(len(keys) * pool.layout.block_bytes)
     size = pool.layout.block_bytes
     outs = [memoryview(room)[at * size : (at + 1) * size] for at in range(len(keys))]
+    there = disk.tier.contains(
+        keys
+    )  # a path that is known twice, and a block evicted since: the index says more than is true
     came = disk.tier.read(keys, outs)
-    bad = [key for key, ok in zip(keys, came, strict=True) if not ok]
-    for _, lease in pool.index.trace(b"".join(bad)):
-        with lease:
-            held = [block for lo, hi in lease.held(DISK, lease.lo, lease.num_blocks) for block in range(lo, hi)]
-            pool.index.drop(DISK, lease, held, reason=Miss.CORRUPT)
-    return len(keys), len(bad)
+    bad = 0
+    for key, was, ok in zip(keys, there, came, strict=True):
+        for _, lease in () if ok else pool.index.trace_all(key):
+            with lease:
+                held = [block for lo, hi in lease.held(DISK, lease.lo, lease.num_blocks) for block in range(lo, hi)]
+                pool.index.drop(DISK, lease, held, reason=Miss.CORRUPT if was else Miss.ABSENT)
+                bad += was and bool(held)
+    return sum(there), bad
 
 
 # -- how it stands ----------------------------------------------------------------------------------------------------------
