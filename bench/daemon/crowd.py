@@ -1,8 +1,9 @@
-"""`python -m bench.daemon.crowd [--clients N] [--seconds T]`: many client processes at one cache, mixed operations.
+"""`python -m bench.daemon.crowd [--party NAME] [--clients N] [--seconds T]`: many client processes at one cache, all at once.
 
-Each client reads, writes and asks for runs of one population, chosen at random, as fast as it is answered. Told: latencies by
-client and operation, and who starved: the slowest client's throughput as a share of the median client's. Every page of
-a block that was read is checked to carry its key, outside of the latencies: a miss is counted, a lie ends the run.
+Each client reads, writes and asks for runs of one population, chosen at random, as fast as it is answered: whole runs, and
+single blocks and keys, whose latencies tell how long a small request waits behind large ones. Told: latencies by client and
+operation, and who starved: the slowest client's throughput as a share of the median client's. Every page of a block that was
+read is checked to carry its key, outside of the latencies: a miss is counted, a lie ends the run.
 
 Anything with the four calls of a tier can be given: `crowd(factory, plan)` calls `factory()` once in each process.
 """
@@ -13,7 +14,8 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -24,16 +26,21 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from bench.daemon.party import DEADLINE_S, KEY_BYTES, SIZES, Bytes, key_of, private
+from bench.daemon.ours import Tierkv, TierkvTcp
+from bench.daemon.party import DEADLINE_S, KEY_BYTES, SIZES, Bytes, private
 from bench.daemon.rivals import LAYOUTS
-from tierkv.keys import Key
+from tierkv.daemon.client import DaemonClient
+from tierkv.keys import Key, Namespace, chain
 from tierkv.metrics import Metrics
 from tierkv.tiers.base import Run
+from tierkv.tiers.daemon import DaemonTier
 from tierkv.tiers.redis import RedisTier
 from tierkv.valkey import EmbeddedValkey
 
 _PAGE_BYTES: Final = 4096
-OPERATIONS: Final = ("read", "write", "contains")
+_SHARES: Final = (("p50", 50), ("p99", 99), ("max", 100))
+OPERATIONS: Final = ("read", "write", "contains", "read one", "ask one")
+"""The last one is the smallest round trip there is: whether one key is held."""
 
 
 class Client(Protocol):
@@ -46,6 +53,7 @@ class Client(Protocol):
     def close(self) -> None: ...
 
 
+PARTIES: Final = {"tierkv": Tierkv, "tierkv-tcp": TierkvTcp}
 Factory = Callable[[], Client]
 """Opens a client; it travels to another process, so a function of a module or a `partial` of one."""
 
@@ -63,7 +71,7 @@ class Plan:
     block_bytes: int = SIZES["2 MiB"]
     run_blocks: int = 8
     num_runs: int = 32
-    weights: tuple[float, float, float] = (0.7, 0.2, 0.1)
+    weights: tuple[float, ...] = (0.4, 0.2, 0.1, 0.15, 0.15)
     seed: int = 1
 
 
@@ -168,15 +176,17 @@ def _work(factory: Factory, plan: Plan, number: int, barrier: Barrier) -> Told:
                 blocks = _stamp(area, run, plan.block_bytes)
                 now = time.perf_counter()
                 answers = client.write(run, blocks)
-            elif operation == "read":
+            elif operation in ("read", "read one"):
+                keys = run.keys if operation == "read" else run.keys[:1]
                 area.reshape(-1, _PAGE_BYTES)[:, :KEY_BYTES] = 0
                 now = time.perf_counter()
-                answers = client.read(run.keys, outs)
+                answers = client.read(keys, outs[: len(keys)])
             else:
+                asked = every_key if operation == "contains" else run.keys[:1]
                 now = time.perf_counter()
-                answers = client.contains(every_key)
+                answers = client.contains(asked)
             told.latencies_s[operation].append(time.perf_counter() - now)
-            if operation == "read":
+            if operation in ("read", "read one"):
                 told.missed += answers.count(False)
                 _check(area, run, answers, plan.block_bytes)
             elif operation == "write":
@@ -188,9 +198,14 @@ def _work(factory: Factory, plan: Plan, number: int, barrier: Barrier) -> Told:
 
 
 def _runs(plan: Plan) -> list[Run]:
-    root = Key(key_of(f"crowd of {plan.block_bytes}"))
-    keys = [[Key(key_of(f"crowd {run} {at}")) for at in range(plan.run_blocks)] for run in range(plan.num_runs)]
-    return [Run(root, root, 0, tuple(of_run)) for of_run in keys]
+    layout, root = LAYOUTS[plan.block_bytes], _namespace(plan.block_bytes).root()
+    size = plan.run_blocks * layout.block_tokens
+    runs = [(np.arange(size, dtype="<i4") + number * size).tobytes() for number in range(plan.num_runs)]
+    return [Run(root, root, 0, tuple(chain(root, of, block_tokens=layout.block_tokens)), of) for of in runs]
+
+
+def _namespace(block_bytes: int) -> Namespace:
+    return Namespace("crowd", LAYOUTS[block_bytes])
 
 
 def _views(area: Bytes, block_bytes: int) -> list[memoryview]:
@@ -205,7 +220,7 @@ def _stamp(area: Bytes, run: Run, block_bytes: int) -> list[memoryview]:
 
 
 def _check(area: Bytes, run: Run, answers: Sequence[bool], block_bytes: int) -> None:
-    for row, key, came in zip(area.reshape(-1, block_bytes), run.keys, answers, strict=True):
+    for row, key, came in zip(area.reshape(-1, block_bytes), run.keys, answers, strict=False):
         pages = row.reshape(-1, _PAGE_BYTES)[:, :KEY_BYTES]
         if came and not np.array_equal(pages, np.broadcast_to(np.frombuffer(key, np.uint8), pages.shape)):
             raise Lied(f"{key.hex()[:16]}…: was said to have been read, and other bytes are there")
@@ -244,7 +259,7 @@ def _percentile(took: Sequence[float], share: int) -> float:
 
 def lines(outcome: Outcome) -> list[str]:
     """A line per client, and the verdict."""
-    found = [f"{'client':>6}  {'per s':>6}  " + "  ".join(f"{f'{op} p50 / p99 ms':>22}" for op in OPERATIONS)]
+    found = [f"{'client':>6}  {'per s':>6}  " + "  ".join(f"{f'{op} p50/p99 ms':>22}" for op in OPERATIONS)]
     for number, told in enumerate(outcome.clients):
         cells = [
             f"{_percentile(told.latencies_s[op], 50) * 1e3:.2f} / {_percentile(told.latencies_s[op], 99) * 1e3:.2f}"
@@ -253,6 +268,12 @@ def lines(outcome: Outcome) -> list[str]:
         missed = f"  missed {told.missed}, refused {told.refused}" if told.missed or told.refused else ""
         found.append(f"{number:>6}  {told.per_second:>6.0f}  " + "  ".join(f"{cell:>22}" for cell in cells) + missed)
     if outcome.clients:
+        for op in OPERATIONS:
+            took = [seconds * 1e3 for told in outcome.clients for seconds in told.latencies_s[op]]
+            shown = "  ".join(f"{name} {_percentile(took, share):.2f}" for name, share in _SHARES)
+            found.append(f"all clients, {op}: {len(took)} calls, ms: {shown}")
+        rates = [told.per_second for told in outcome.clients]
+        found.append(f"operations per second: {sum(rates):.0f}; a client: median {statistics.median(rates):.1f}")
         found.append(f"starvation (slowest / median): {outcome.starvation:.2f}")
     return found + [f"client {number} FAILED: {why}" for number, why in outcome.failures.items()]
 
@@ -262,8 +283,35 @@ def open_redis(url: str, block_bytes: int) -> RedisTier:
     return RedisTier(url, layout=LAYOUTS[block_bytes], metrics=Metrics(), deadline_s=DEADLINE_S)
 
 
+def open_daemon(url: str, block_bytes: int) -> DaemonTier:
+    """Open the daemon's tier; the factory of the crowd at tierkv."""
+    namespace = _namespace(block_bytes)
+    return DaemonTier(
+        DaemonClient(url, connect_s=DEADLINE_S),
+        namespace=namespace,
+        root=namespace.root(),
+        metrics=Metrics(),
+        deadline_s=DEADLINE_S,
+    )
+
+
+@contextmanager
+def party(name: str, block_bytes: int) -> Iterator[Factory]:
+    """Start a cache, for as long as the block runs; the factory of its clients."""
+    if name == "redis":
+        with EmbeddedValkey(capacity_bytes=2 << 30) as server:
+            yield partial(open_redis, server.url, block_bytes)
+        return
+    daemon = PARTIES[name]()
+    try:
+        yield partial(open_daemon, daemon.url, block_bytes)
+    finally:
+        daemon.close()
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.daemon.crowd", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--party", choices=["redis", *PARTIES], default="redis")
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--size", choices=list(SIZES), default="2 MiB", help="of a block")
@@ -272,15 +320,15 @@ def main(arguments: list[str]) -> int:
     if options.clients < 1 or options.seconds <= 0:
         parser.error(f"--clients {options.clients} --seconds {options.seconds:g}: at least one client, and some time")
     plan = Plan(clients=options.clients, seconds=options.seconds, block_bytes=SIZES[options.size])
-    with EmbeddedValkey(capacity_bytes=2 << 30) as server:
-        outcome = crowd(partial(open_redis, server.url, plan.block_bytes), plan)
+    with party(options.party, plan.block_bytes) as factory:
+        outcome = crowd(factory, plan)
     print("\n".join(lines(outcome)))
     if options.json:
         from bench.conftest import machine  # it needs pytest, which a run without --json does not
 
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(
-            json.dumps({"machine": machine(), "rows": rows("redis", plan, outcome)}, indent=1) + "\n"
+            json.dumps({"machine": machine(), "rows": rows(options.party, plan, outcome)}, indent=1) + "\n"
         )
     return 1 if outcome.failures else 0
 

@@ -52,9 +52,8 @@ class Tierkv(Party):
         )
         assert self._process.stdout
         said = iter(self._process.stdout.readline, "")
-        self._client = DaemonClient(
-            next(line.split()[-1] for line in said if "listens on" in line), connect_s=DEADLINE_S
-        )
+        self.url = next(line.split()[-1] for line in said if "listens on" in line)
+        self._client = DaemonClient(self.url, connect_s=DEADLINE_S)
         self._blocks = {layout.block_bytes: self._attach(layout) for layout in [*LAYOUTS.values(), PROBED]}
         self._runs: dict[tuple[int, range], Run] = {}
         self._probed = self._run_of(PROBED, 0, NUM_PROBED)

@@ -1,8 +1,9 @@
 """`python -m bench.daemon.soak [--minutes N] [--clients N] [--json PATH]`: crashing clients at one daemon, for long.
 
 A daemon with little memory, so that blocks are evicted and lifted from its disk all the time; clients by shared memory and,
-a quarter of them, by TCP. They read what others wrote, compare every byte, and end at random moments (`soak_client.py`); some
-are stopped for seconds. The dead are replaced. At the end all leave, and the daemon must hold nothing for them any more.
+a quarter of them, by TCP. They read what others wrote, compare every byte, and end at random moments (`soak_client.py`). Some
+are stopped for seconds; calls meanwhile are not timed. The dead are replaced. At the end all leave, and the daemon must hold
+nothing for them any more.
 
 Exit status 1: wrong bytes, something held for nobody, descriptors left over, a defect in the daemon's log, or its exit code.
 """
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -156,7 +157,7 @@ class Crowd:
         theirs.close()
         self._alive[ours] = (process, order)
 
-    def work(self, sample: Any) -> None:  # Any: a function without arguments
+    def work(self, sample: Callable[[], None]) -> None:
         """Run them until the end. sample: called every few seconds."""
         next_sample, next_stop = time.monotonic(), time.monotonic() + STOP_EVERY_S
         while self._alive:
@@ -171,7 +172,7 @@ class Crowd:
             for pipe in wait(list(self._alive), timeout=0.2):
                 self._take(pipe)  # type: ignore[arg-type]  # all of them are connections
             if now > self.end + SETTLE_S:
-                self._give_up()
+                return self._give_up()
 
     def _stop_one(self, now: float) -> None:
         process, _ = self.choose.choice(list(self._alive.values()))
@@ -218,8 +219,12 @@ class Crowd:
             self._start("tcp" if order.url == self.daemon.tcp else "unix")
 
     def _give_up(self) -> None:
-        for process, order in self._alive.values():
+        for _, order in self._alive.values():
             self.failures.append(f"client {order.seed} did not come to its end")
+
+    def kill(self) -> None:
+        """End those that are left."""
+        for process, _ in self._alive.values():
             process.kill()
 
 
@@ -248,7 +253,10 @@ def soak(*, minutes: float, clients: int, seed: int) -> dict[str, Any]:
             print(_line(samples[-1], crowd), flush=True)
 
         crowd = Crowd(daemon, clients, began + 60 * minutes, random.Random(seed))
-        crowd.work(sample)
+        try:
+            crowd.work(sample)
+        finally:
+            crowd.kill()
         faults = [f"wrong bytes: {one}" for one in crowd.wrong] + crowd.failures
         if corrupt := sum(count for (_, state), count in crowd.states.items() if state == "CORRUPT"):
             faults.append(f"{corrupt} blocks were found corrupt, and nobody writes where he should not")

@@ -114,6 +114,7 @@ class SoakClient:
         self._views = [row.data.cast("B") for row in self._area]
         self._right = np.zeros(BLOCK_BYTES // 8, np.uint64)
         self.told = Told()
+        self._continued = 0.0  # when it was last stopped and continued: such calls took as long as somebody wanted
 
     def run(self) -> None:
         """Work until the end, or the crash."""
@@ -154,7 +155,12 @@ class SoakClient:
         self._tell.send(told)
 
     def _time(self, name: str, start: float) -> None:
-        self.told.took.setdefault(name, []).append(time.perf_counter() - start)
+        if self._continued < start:
+            self.told.took.setdefault(name, []).append(time.perf_counter() - start)
+
+    def note_continued(self, *_: object) -> None:
+        """Handle SIGCONT."""
+        self._continued = time.perf_counter()
 
     def _some(self) -> tuple[Run, int, int]:
         """A path, and a stretch of it."""
@@ -355,4 +361,6 @@ def _plain(error: Exception) -> str:
 
 def be_client(order: Order, tell: Connection) -> None:
     """The process of a client."""
-    SoakClient(order, tell).run()
+    client = SoakClient(order, tell)
+    signal.signal(signal.SIGCONT, client.note_continued)
+    client.run()
