@@ -355,3 +355,22 @@ def test_a_mapping_that_is_copied_from_is_let_go_after_the_last_copy() -> None:
             assert old.ctypes.data in cuda.pinned
         assert set(cuda.pinned) == {new.ctypes.data}
     assert not cuda.pinned
+
+
+# -- ahead of a load ----------------------------------------------------------------------------------------------------
+
+
+def test_what_waits_is_lifted_in_the_daemon_and_not_copied_here(tmp_path: Path) -> None:
+    with running(tmp_path, capacity="1MiB", disk="4MiB") as daemon:
+        leave(daemon)
+        daemon.pool.index.evict(HOST)  # only its disk has them
+        with opened_store(daemon.urls[0]) as store:
+            expected = store.expect(TOKENS)
+            assert store.flush(PATIENCE_S)
+            assert daemon.pool.index.stats().tiers[HOST].held == BLOCKS
+            assert store.index.stats().tiers[HOST].used == 0 == store.metrics.blocks_prefetched.value()
+            store.cancel(expected)
+            with loaded(store) as (_, pages, blocks):
+                assert blocks == BLOCKS
+                look(store, TOKENS, pages, blocks)
+        daemon.until(daemon.at_rest, "all that was lent has come back")

@@ -149,6 +149,9 @@ class Ahead:
             lo, there = lease.num_blocks, expected.there
             if there is None or lo < there.base:
                 return 0
+            if there.below.tier.lends and not expected.announced:
+                self._lift(there.below, there.keys[lo - there.base :])
+                return 0
             keys = there.keys[lo - there.base : lo - there.base + num_blocks]
             if not keys:
                 return 0
@@ -156,6 +159,21 @@ class Ahead:
             tokens = expected.tokens[lo * self._block_bytes : hi * self._block_bytes]
             self._places.index.extend(lease, tokens, keys=keys)
             return self._copy(there.below, lease, lo, hi)
+
+    def _lift(self, below: Below, keys: Sequence[Key]) -> None:
+        """Let a tier bring blocks to the memory that it lends: a load copies out of there, they need not come to the host."""
+        failures = self._places.metrics.misses
+        for at in range(0, len(keys), self._piece):
+            piece = keys[at : at + self._piece]
+            if not self._mover.is_idle(LOAD_LANE):
+                return
+
+            def lend(piece: Sequence[Key] = piece) -> bool:
+                with below.tier.lend(piece, deadline_s=self._deadline_s) as lending:
+                    return lending is not None
+
+            if not below.attempt(lend, count=len(piece), failures=failures):
+                return
 
     def _learn(self, expected: Expected, base: int, found: Found | None) -> None:
         with self._lock:

@@ -236,6 +236,11 @@ class Incoming:
     _views: list[memoryview] = field(default_factory=list)
     _at: int = 0  # bytes of the first view, or of the long header, that have come
 
+    @property
+    def is_filling(self) -> bool:
+        """In the middle of a payload?"""
+        return bool(self._views)
+
     def target(self) -> memoryview:
         """Where the next bytes of the stream go; never empty."""
         if self._views:

@@ -97,8 +97,8 @@ class Stream:
             for message in self.incoming.advance(count):
                 if not self._deliver(message):
                     return
-            if plain and count < room:
-                return  # nothing is left; the loop says when there is more
+            if plain and count < room and not self.incoming.is_filling:
+                return  # nothing is left; the loop says when there is more. Of a payload more has come by now.
             left -= count
         if not plain and self._reading and not self.closed:
             self.loop.call_soon(self._readable)  # TLS may hold bytes that the loop knows nothing of
