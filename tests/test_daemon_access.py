@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,55 @@ def test_listening_beyond_this_machine_needs_tokens(tmp_path: Path, token_file: 
         Server(config_of(tmp_path, listen=[url]))
     Server(config_of(tmp_path, listen=[url], token_file=token_file)).service.close()
     Server(config_of(tmp_path, listen=[url]), insecure=True).service.close()
+
+
+@pytest.mark.parametrize("option", ["events", "events_replay"])
+@pytest.mark.parametrize("endpoint", ["tcp://*:5557", "tcp://0.0.0.0:5557", "tcp://[::]:5557"])
+def test_events_are_not_told_beyond_this_machine_unasked(
+    tmp_path: Path, token_file: Path, option: str, endpoint: str
+) -> None:
+    with pytest.raises(ConfigError, match="tokens of all prompts"):
+        Server(config_of(tmp_path, token_file=token_file, **{option: endpoint}))
+    Server(config_of(tmp_path, **{option: endpoint}), insecure=True).service.close()
+    for near in ("tcp://127.0.0.1:5557", "tcp://[::1]:*", "ipc:///tmp/e.sock", ">tcp://router.example:5557"):
+        Server(config_of(tmp_path, **{option: near})).service.close()
+
+
+def test_a_reload_does_not_open_what_a_start_would_refuse(tmp_path: Path, token_file: Path) -> None:
+    config = config_of(tmp_path, listen=["tcp://0.0.0.0:0"], token_file=token_file)
+    bare = replace(config, server=replace(config.server, token_file=None))
+    daemon = RunningDaemon(config, reload=lambda: bare)
+    try:
+        daemon.do(daemon._server._reloaded)
+        stranger = daemon.client(daemon.urls[0].replace("0.0.0.0", "127.0.0.1"))
+        with pytest.raises(RefusedError, match="token"):
+            stranger.ping()
+        assert not any("reloaded" in line for line in daemon.told)
+        stranger.close()
+    finally:
+        daemon.stop()
+
+
+def test_a_reload_takes_leases_and_leaves_what_needs_a_restart(tmp_path: Path) -> None:
+    config = config_of(tmp_path, lease_s=60.0)
+    other = replace(config_of(tmp_path, lease_s=5.0, layouts=3, capacity="32MiB", disk="16MiB"), store=config.store)
+    daemon = RunningDaemon(config, reload=lambda: other)
+    try:
+        daemon.do(daemon._server._reloaded)
+        taken = daemon.service.config
+        assert (taken.server.lease_s, taken.server.layouts) == (5.0, 1)
+        assert (taken.host, taken.disk) == (config.host, config.disk)
+        assert daemon.told[-1].endswith("; host, disk, server.layouts need a restart")
+    finally:
+        daemon.stop()
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "tcp://127.0.0.1", "tcp://127.0.0.1:99999", "http://127.0.0.1:80", "unix://"]
+)
+def test_what_is_no_address_is_a_mistake_of_the_configuration(url: str) -> None:
+    with pytest.raises(ConfigError, match="not an address"):
+        DaemonClient(url)
 
 
 def test_an_address_that_is_taken_or_not_ours_is_refused(tmp_path: Path) -> None:

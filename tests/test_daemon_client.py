@@ -1,5 +1,6 @@
 """Clients that fail a daemon: leases that are too large or too old, writers that die or are cut off, crowds."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -319,6 +320,21 @@ def test_quarantine_ends_some_time(tmp_path: Path) -> None:
         clock.advance(2)
         daemon.do(daemon.service.tick)
         assert daemon.do(daemon.at_rest) and not daemon.service.clients
+
+
+def test_a_writer_whose_process_cannot_be_watched_keeps_its_places_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(pid: int) -> int:
+        raise OSError(errno.EMFILE, "no descriptor is left")
+
+    monkeypatch.setattr(os, "pidfd_open", full)
+    with running(tmp_path) as daemon:
+        with raw(daemon.urls[0]) as client:
+            reserve(client, make_run(4, seed=1), client.attach(memory=1))
+        daemon.until(lambda: daemon.service.quarantined == 4, "its places are in quarantine")
+        with raw(daemon.urls[0], connection=2, ended=[1]):
+            assert daemon.do(daemon.at_rest)
 
 
 def test_who_has_no_memory_mapped_cannot_write_late(tmp_path: Path) -> None:

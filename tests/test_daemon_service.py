@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -18,12 +19,14 @@ from tests import browser
 from tests.browser import chromium, page
 from tests.daemon_parts import PATIENCE_S, RunningDaemon, config_of, running
 from tests.daemon_stats import document, figures
+from tierkv.cli import main
 from tierkv.config import Config, HostConfig, RedisConfig
 from tierkv.daemon.blocks import Blocks
 from tierkv.daemon.protocol import State
 from tierkv.errors import RefusedError
 from tierkv.keys import Namespace, chain
 from tierkv.metrics import Metrics
+from tierkv.mover import AHEAD_LANE
 from tierkv.testing import SMALL, FakeClock, block_of, blocks_of, make_run
 from tierkv.tiers.base import Run
 from tierkv.valkey import EmbeddedValkey
@@ -149,6 +152,37 @@ def test_what_was_not_used_for_some_time_is_forgotten(tmp_path: Path) -> None:
             blocks.client.forget()
 
 
+def test_what_a_daemon_before_left_on_disk_is_forgotten_by_tenant_too(tmp_path: Path) -> None:
+    theirs, ours = Namespace("test", SMALL, tenant="theirs"), Namespace("test", SMALL, tenant="ours")
+    runs = [run_in(namespace, 6) for namespace in (theirs, ours)]
+    with running(tmp_path, disk="16MiB") as daemon:
+        for namespace, run in zip((theirs, ours), runs, strict=True):
+            blocks = named(daemon, namespace)
+            assert set(blocks.write(run, blocks_of(run))) == {State.HERE}
+            blocks.client.close()
+    with running(tmp_path, disk="16MiB") as daemon:
+        blocks = named(daemon, ours)
+        blocks.attach()  # theirs never comes back
+        assert blocks.client.forget(tenant="theirs") == {"host": 0, "disk": 6}
+        assert blocks.presence(runs[0].keys) == bytes(6) and blocks.presence(runs[1].keys) == bytes([DISK + 1]) * 6
+        blocks.client.close()
+    with running(tmp_path, disk="16MiB") as daemon:
+        blocks = named(daemon, theirs)
+        assert blocks.presence(runs[0].keys) == bytes(6)
+        blocks.client.close()
+
+
+def test_blocks_of_nobody_that_is_known_are_forgotten_with_any_tenants(tmp_path: Path) -> None:
+    run, step = make_run(6, seed=1), SMALL.block_tokens * 4
+    rest = Run(run.root, run.keys[2], 3, run.keys[3:], run.tokens[3 * step :])
+    with running(tmp_path, disk="16MiB") as daemon, daemon.blocks() as blocks:
+        assert set(blocks.write(rest, blocks_of(rest))) == {State.HERE}
+    with running(tmp_path, disk="16MiB") as daemon, daemon.blocks() as blocks:
+        assert blocks.presence(rest.keys) == bytes([DISK + 1]) * 3
+        assert blocks.client.forget(tenant="whoever") == {"host": 0, "disk": 3}
+        assert blocks.presence(rest.keys) == bytes(3)
+
+
 def test_a_pinned_block_is_not_forgotten(tmp_path: Path) -> None:
     with running(tmp_path) as daemon, daemon.blocks() as blocks:
         run = written(blocks, 4, seed=1)
@@ -168,6 +202,49 @@ def test_a_flush_writes_down_what_spill_would_have_left_in_memory(tmp_path: Path
         with pytest.raises(RefusedError, match="about to stop"):
             blocks.write(make_run(1, seed=2), blocks_of(make_run(1, seed=2)))
         assert read(blocks, run) == [block_of(key) for key in run.keys]
+
+
+def test_a_flush_does_not_wait_beyond_its_time_for_what_runs_before_it(tmp_path: Path) -> None:
+    with running(tmp_path, disk="16MiB") as daemon, daemon.blocks() as blocks:
+        written(blocks, 3, seed=1)
+        over = threading.Event()
+        assert daemon.service.mover.submit(AHEAD_LANE, over.wait, blocks=1)
+        try:
+            assert blocks.client.flush(deadline_s=0.1) == {"written": 0, "complete": False}
+        finally:
+            over.set()
+        assert blocks.client.flush()["complete"] is True
+
+
+def test_a_verify_ends_when_nobody_waits_for_it(tmp_path: Path) -> None:
+    with running(tmp_path, disk="16MiB") as daemon, daemon.blocks() as blocks:
+        written(blocks, 3, seed=1)
+        assert daemon._loop
+        for gone, checked in ((True, 0), (False, 3)):
+            told: list[dict[str, Any]] = []
+            verify = daemon.service.verify(told.append, lambda gone=gone: gone)
+            found = asyncio.run_coroutine_threadsafe(verify, daemon._loop).result(PATIENCE_S)
+            assert found["tiers"]["host"] == {"checked": checked, "bad": 0}
+            assert bool(told) is not gone
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("status", "--url", "nonsense"),
+        ("status", "--url", "tcp://127.0.0.1"),
+        ("forget",),
+        ("flush", "--within", "0s"),
+        ("pin", "no key"),
+        ("forget", "--older-than", "-5"),
+    ],
+)
+def test_what_is_asked_wrongly_is_one_line_and_exit_code_2(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["daemon", *words]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and not said.out
 
 
 # -- Redis below it ---------------------------------------------------------------------------------------------------------
@@ -223,6 +300,8 @@ def test_keys_that_are_not_those_of_their_tokens_are_not_taken_from_redis(tmp_pa
 def test_subscribers_hear_what_is_stored_and_removed(tmp_path: Path) -> None:
     with running(tmp_path) as daemon, daemon.blocks() as blocks, closing(daemon.client()) as other:
         events = other.events()
+        blocks.attach()
+        assert [event["kind"] for event in next(events)[1]] == ["cleared"]
         written(blocks, 1, seed=9)
         first = next(events)[1]
         run = written(blocks, 3, seed=1)
@@ -236,6 +315,36 @@ def test_subscribers_hear_what_is_stored_and_removed(tmp_path: Path) -> None:
         assert {event["kind"] for event in gone} == {"removed"}
         assert b"".join(run.keys) in [event["keys"] for event in gone]
         events.close()
+
+
+def test_who_subscribes_beside_others_is_told_to_forget_what_he_knew(tmp_path: Path) -> None:
+    with running(tmp_path) as daemon, daemon.blocks() as blocks, closing(daemon.client()) as other:
+        blocks.attach()
+        with closing(other.events()) as first, closing(other.events()) as second:
+            assert [event["kind"] for event in next(first)[1]] == ["cleared"]
+            written(blocks, 1, seed=1)
+            while "stored" not in [event["kind"] for event in next(first)[1]]:
+                pass
+            before = daemon.do(lambda: daemon.service.logs[1].cleared().sequence)
+            assert next(second) == (1, [{"kind": "cleared", "sequence": before}])
+            run = written(blocks, 2, seed=3)
+            (stored,) = next(second)[1]
+            assert (stored["keys"], stored["sequence"]) == (b"".join(run.keys), before + 1)
+
+
+def test_no_block_is_told_to_begin_a_prompt_that_does_not(tmp_path: Path) -> None:
+    run, step = make_run(6, seed=1), SMALL.block_tokens * 4
+    rest = Run(run.root, run.keys[2], 3, run.keys[3:], run.tokens[3 * step :])
+    with running(tmp_path) as daemon, daemon.blocks() as blocks, closing(daemon.client()) as other:
+        blocks.attach()
+        with closing(other.events()) as events:
+            next(events)
+            assert set(blocks.write(rest, blocks_of(rest))) == {State.HERE}
+            told: list[dict[str, Any]] = []
+            while "stored" not in [event["kind"] for event in told]:
+                told = next(events)[1]
+            assert (told[-1]["parent"], told[-1]["keys"]) == (run.keys[2], b"".join(rest.keys))
+            assert told[-1]["depth"] > 0, "its parent is a block, not the root of a namespace"
 
 
 def test_routers_hear_of_blocks_as_vllm_tells_them(tmp_path: Path) -> None:

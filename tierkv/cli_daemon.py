@@ -23,7 +23,7 @@ HOST_SHARE: Final = 0.25
 """Of the memory that is free, where no configuration says how large the host tier is to be."""
 _SPANS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
-daemon = typer.Typer(help="Run one pool of KV for all engines of this machine, or tell a running daemon what to do.")
+daemon = typer.Typer()
 
 Url = Annotated[
     str | None,
@@ -51,10 +51,11 @@ def run(
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log clients as they come and go.")] = False,
 ) -> None:
-    """Run the cache daemon in the foreground, until SIGTERM or Ctrl-C; then all is written down and it ends.
+    """Run one pool of KV for all engines of this machine, or tell a running daemon what to do.
 
-    It owns [host], [disk] and [redis] of its configuration; without one it takes a quarter of the free memory and listens on a
-    socket of this user. Engines find it by daemon.url. SIGHUP reads tokens, certificates and leases anew.
+    It runs in the foreground until SIGTERM or Ctrl-C; then all is written down and it ends. It owns the sections host, disk and
+    redis of its configuration; without one it takes a quarter of the free memory and listens on a socket of this user. Engines
+    find it by daemon.url. SIGHUP reads tokens, certificates and leases anew.
 
     tierkv daemon --set disk.path=/var/lib/tierkv --set disk.capacity=200GiB
     """
@@ -214,7 +215,12 @@ def forget(
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Forget blocks in every tier of the daemon. What is pinned or being read stays; options narrow each other."""
+    """Forget blocks in every tier of the daemon. What is pinned or being read stays; options narrow each other.
+
+    Blocks of which the daemon does not know any more whose they are go with those of any model and tenant.
+    """
+    if model is None and tenant is None and older_than is None:
+        raise ConfigError("forget what? give --model, --tenant or --older-than (0s: all)")
     with _client(url, config, overrides) as client:
         gone = client.forget(
             model=model, tenant=tenant, older_s=None if older_than is None else _span(older_than, zero=True)
@@ -230,13 +236,14 @@ def forget(
 def verify(url: Url = None, config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Compare every block in memory and on disk with its checksum; bad ones are forgotten. Exit code 1 if there were any."""
     bars: dict[str, Any] = {}  # Any: rich's task numbers
+    shows = sys.stdout.isatty() and not as_json
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[bad]} bad"),
     )
-    with _client(url, config, overrides) as client, Progress(*columns, transient=True, disable=as_json) as progress:
+    with _client(url, config, overrides) as client, Progress(*columns, transient=True, disable=not shows) as progress:
 
         def told(done: dict[str, Any]) -> None:
             tier = str(done["tier"])

@@ -1,7 +1,7 @@
 """The blocking client of a daemon: for tiers, tools and notebooks. Thread-safe: each call borrows a connection of its own.
 
-    with DaemonClient("unix:///run/tierkv/daemon.sock").attach(layout, namespace=…, root=…) as blocks:
-        blocks.write(run, views);  blocks.read(keys, outs)
+    blocks = Blocks(DaemonClient("unix:///run/tierkv/daemon.sock"), namespace=namespace, root=namespace.root())
+    blocks.write(run, views);  blocks.read(keys, outs, deadline_s=1.0)
 
 On the daemon's machine blocks go through memory that both map; the socket carries places and checksums. Elsewhere they go
 through the socket, straight from and to the caller's memory. Nothing is believed that is not verified: a block counts as
@@ -24,6 +24,7 @@ from tierkv.daemon.link import Link, Reply
 from tierkv.daemon.protocol import Op
 from tierkv.errors import ConfigError, ProtocolError, RefusedError, TierError
 from tierkv.mover import Clock
+from tierkv.values import DAEMON_URL
 
 MAX_IDLE: Final = 8
 """Connections kept for the next call."""
@@ -38,7 +39,8 @@ class DaemonClient:
 
     name: for people.  connect_s: for a connection and its handshake.  down_s: after a failure the daemon is left alone for so
     long, then for twice as long, up to half a minute: calls fail at once meanwhile.
-    Calls raise TierError when the daemon cannot be reached or fails, RefusedError when it says no.
+    Raises ConfigError for what is no address; calls raise TierError when the daemon cannot be reached or fails, RefusedError when
+    it says no.
     """
 
     def __init__(
@@ -52,6 +54,10 @@ class DaemonClient:
         down_s: float = 1.0,
         clock: Clock = time.monotonic,
     ) -> None:
+        try:
+            DAEMON_URL.parse(url)
+        except ValueError:
+            raise ConfigError(f"{url}: not an address of a daemon; give {DAEMON_URL.expected}") from None
         self.url = url
         self._name = name or Path(sys.argv[0] or "python").name
         self._token, self._tls, self._connect_s, self._clock = token, tls, connect_s, clock

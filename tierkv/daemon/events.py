@@ -101,6 +101,11 @@ class EventLog:
         """Events lost for room since the start."""
         return self._num_dropped
 
+    def cleared(self) -> Event:
+        """What lets somebody new forget what he knew of it before: what is taken next comes after this."""
+        with self._lock:
+            return Event(Kind.CLEARED, self._first - 1)
+
     def stored(self, tier: int, parent: Key, depth: int, keys: bytes, tokens: bytes) -> None:
         """A tier holds these blocks from now on."""
         self._append((tier, parent, depth, keys, tokens))

@@ -11,7 +11,7 @@ job of the mover. The three steps are those of every tier: a client that dies be
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -89,7 +89,7 @@ class Lent:
     @property
     def num_blocks(self) -> int:
         """Blocks that are lent."""
-        return int((self.table["state"] == State.HERE).sum())
+        return int(np.count_nonzero(self.table["state"] == State.HERE))
 
 
 @dataclass(slots=True, eq=False)
@@ -114,15 +114,18 @@ class Writing:
 
 
 class _Tee:
-    """A listener of the index that passes on what it hears, and notes what goes while somebody wants to know."""
+    """A listener of the index that passes on what it hears, and notes what goes while somebody wants to know.
 
-    def __init__(self, to: Listener) -> None:
-        self._to = to
+    namespaces: by root, as they become known. Another root stands for a block that nobody knows: a depth below it is too small.
+    """
+
+    def __init__(self, to: Listener, namespaces: Mapping[Key, Namespace]) -> None:
+        self._to, self._namespaces = to, namespaces
         self._gone: set[Key] | None = None
 
     def stored(self, tier: int, parent: Key, depth: int, keys: bytes, tokens: bytes) -> None:
         """A tier holds these blocks."""
-        self._to.stored(tier, parent, depth, keys, tokens)
+        self._to.stored(tier, parent, depth or int(parent not in self._namespaces), keys, tokens)
 
     def removed(self, tier: int, keys: bytes) -> None:
         """A tier holds them no more."""
@@ -165,7 +168,9 @@ class Pool:
         clock: Clock,
         listener: Listener,
     ) -> None:
-        self._listener = _Tee(listener)
+        self.namespaces: dict[Key, Namespace] = {}
+        self._introduced: set[Key] = set()
+        self._listener = _Tee(listener, self.namespaces)
         self._counted_s, self._counts = -inf, dict[Key, int]()
         self.number, self.layout, self.metrics, self.clock = number, layout, metrics, clock
         self._mover, self._deadline_s = mover, config.transfer.load_deadline_s
@@ -208,7 +213,6 @@ class Pool:
         except BaseException:
             self.close()
             raise
-        self.namespaces: dict[Key, Namespace] = {}
         self._orphans: dict[Key, Key] = {}  # roots that stand for an unknown parent -> the namespace's root
         self._orphans_room = MIN_ORPHANS
         mover.background(f"touch-{number}", self.slab.touch())
@@ -225,6 +229,9 @@ class Pool:
             self.below.append(below_of(config, self.metrics, self.clock, redis, place=place, number=None))
 
     def _recover(self, disk: Any) -> None:  # Any: see above
+        for root, fields in disk.namespaces().items():
+            model, adapter, tenant = (str(fields.get(name, "")) for name in ("model", "adapter", "tenant"))
+            self.namespaces[root] = Namespace(model, self.layout, adapter, tenant)
         orphans = self.index.restore(DISK, disk.scan())
         keys = [key for run in orphans for key in run.keys]
         if keys:
@@ -233,7 +240,8 @@ class Pool:
 
     def introduce(self, root: Key, namespace: Namespace) -> None:
         """A client's blocks hang on `root`: remember what that stands for."""
-        if root not in self.namespaces:
+        if root not in self._introduced:
+            self._introduced.add(root)
             self.namespaces[root] = namespace
             for below in self.below:
                 cast(Any, below.tier).introduce(root, namespace)  # Any: both kinds have it

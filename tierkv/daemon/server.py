@@ -7,11 +7,12 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-from tierkv.config import Config, default_socket, notify_socket
+from tierkv.config import Config, ServerConfig, default_socket, notify_socket
 from tierkv.daemon.access import Tokens, peer_of
 from tierkv.daemon.events import HashForm, VllmEncoder
 from tierkv.daemon.http import HttpServer
@@ -25,6 +26,8 @@ from tierkv.metrics import Metrics
 
 SWITCH_S: Final = 0.0005
 """How long a thread may keep the interpreter: movers must not hold up the loop for 5 ms at a time."""
+RELOADED: Final = ("token_file", "tls_certificate", "tls_key", "tls_ca", "lease_s", "lease_share", "drain_s")
+"""Of [server], what SIGHUP takes; all else stays as it was until a restart."""
 CROWDED_S: Final = 0.25
 """Without new connections, once there were no descriptors for them."""
 log = logging.getLogger("tierkv")
@@ -50,7 +53,7 @@ class Server:
         self.config, self._told, self._reload = config, told, reload
         self._insecure = insecure
         self.urls = config.server.listen or (default_socket(),)
-        self._check_exposure()
+        self._check_exposure(config.server)
         self._tls = server_context(config.server.tls()) if any(url.startswith("tls:") for url in self.urls) else None
         self.service = Service(config, metrics=Metrics(), force=force)
         self._stop: asyncio.Event | None = None
@@ -58,14 +61,21 @@ class Server:
         self._sockets: list[tuple[str, socket.socket]] = []
         self._streams: set[Stream] = set()
 
-    def _check_exposure(self) -> None:
-        options = self.config.server
+    def _check_exposure(self, options: ServerConfig) -> None:
+        if self._insecure:
+            return
         for url in self.urls:
             guarded = options.token_file or (url.startswith("tls:") and options.tls_ca)
-            if not is_loopback(url) and not guarded and not self._insecure:
+            if not is_loopback(url) and not guarded:
                 raise ConfigError(
                     f"{url} can be reached from other machines, and whoever reaches it could read all KV: set "
                     "server.token_file, or a tls:// listener with server.tls_ca, or say --insecure"
+                )
+        for endpoint in (options.events, options.events_replay):
+            if endpoint and endpoint.startswith("tcp:") and not is_loopback(endpoint):
+                raise ConfigError(
+                    f"KV events on {endpoint} can be heard from other machines, with the tokens of all prompts, and ZeroMQ asks "
+                    "nobody who he is: use tcp://127.0.0.1:port, or say --insecure"
                 )
 
     def serve(self) -> None:
@@ -192,6 +202,7 @@ class Server:
             if self._reload is None:
                 return
             config = self._reload()
+            self._check_exposure(config.server)
             tokens = Tokens(config.server.token_file)
             tls = server_context(config.server.tls()) if self._tls else None
         except TierKVError as error:
@@ -200,10 +211,13 @@ class Server:
         finally:
             _notify("READY=1")
         self.service.tokens, self._tls = tokens, tls
-        old, self.service.config = self.service.config, config
-        fixed = [name for name in ("store", "host", "disk", "redis") if getattr(old, name) != getattr(config, name)]
-        own = ("listen", "http", "layouts", "events", "events_replay")
-        fixed += [f"server.{name}" for name in own if getattr(old.server, name) != getattr(config.server, name)]
+        old, given = self.config, config.server
+        server = replace(old.server, **{name: getattr(given, name) for name in RELOADED})
+        self.config = self.service.config = replace(old, server=server)
+        sections = ("store", "host", "disk", "redis", "transfer")
+        fixed = [name for name in sections if getattr(old, name) != getattr(config, name)]
+        names = [option.name for option in fields(server)]
+        fixed += [f"server.{name}" for name in names if getattr(server, name) != getattr(given, name)]
         self._told("reloaded: tokens, certificates, leases" + (f"; {', '.join(fixed)} need a restart" if fixed else ""))
 
     async def _end(self, http: HttpServer | None) -> None:

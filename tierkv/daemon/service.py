@@ -177,8 +177,7 @@ class Service:
             log.debug("a connection from %s ended before its HELLO: %s", session.peer.address, reason)
             return
         client.sessions.discard(session)
-        alive = client.mapped and client.watched is not None
-        if late and (alive or (client.mapped and client.pid is None)):
+        if late and client.mapped:
             # It may be in the middle of a copy. Its places are nobody's until it says that it is not, or is gone.
             self._quarantine[client.id, session.number] = (self.clock() + QUARANTINE_S, late)
         else:
@@ -220,8 +219,10 @@ class Service:
 
     async def attach(self, client: Client, layout: Layout, *, device_bytes: int) -> Pool:
         """The pool of a layout, made when first asked for."""
-        async with self._opening:
-            pool = await self._pool_of(layout)
+        pool = self._known(layout)  # who has its pool does not wait for a disk that is opened for another
+        if pool is None:
+            async with self._opening:
+                pool = await self._pool_of(layout)
         own = client.device | {pool.number: device_bytes}
         above = [of.device.get(pool.number, 0) for of in self.clients.values() if of is not client] + [own[pool.number]]
         slab = pool.slab.num_places * layout.block_bytes
@@ -237,8 +238,11 @@ class Service:
         client.uses.setdefault(pool.number, Uses())
         return pool
 
+    def _known(self, layout: Layout) -> Pool | None:
+        return next((pool for pool in self.pools.values() if pool.layout == layout), None)
+
     async def _pool_of(self, layout: Layout) -> Pool:
-        pool = next((pool for pool in self.pools.values() if pool.layout == layout), None)
+        pool = self._known(layout)
         if pool is None:
             if len(self.pools) == self.config.server.layouts:
                 shapes = ", ".join(f"{p.layout.block_bytes} bytes of {p.layout.dtype}" for p in self.pools.values())
@@ -387,13 +391,14 @@ class Service:
         """Write down what only memory holds, as far as the time goes."""
         end = self.clock() + deadline_s
         jobs = [self._job(partial(upkeep.write_all, pool, self.clock, end)) for pool in self.pools.values()]
-        written = sum([await job for job in jobs])
+        done, late = await asyncio.wait(jobs, timeout=deadline_s) if jobs else (set(), set())  # behind a verify, say
+        written = sum(job.result() for job in done)
         left = max(0.0, end - self.clock())
-        whole = await asyncio.get_running_loop().run_in_executor(None, self.mover.drain, left)
+        whole = not late and await asyncio.get_running_loop().run_in_executor(None, self.mover.drain, left)
         return {"written": written, "complete": whole and self.clock() < end}
 
-    async def verify(self, told: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Compare every block with its checksum, and forget the bad ones."""
+    async def verify(self, told: Callable[[dict[str, Any]], None], gone: Callable[[], bool]) -> dict[str, Any]:
+        """Compare every block with its checksum, and forget the bad ones, for as long as whoever asked is not `gone`."""
         counts: dict[str, dict[str, int]] = {}
         loop = asyncio.get_running_loop()
         for pool in list(self.pools.values()):
@@ -401,7 +406,8 @@ class Service:
             def progress(done: dict[str, Any]) -> None:
                 loop.call_soon_threadsafe(told, done)
 
-            for tier, found in (await self._job(partial(upkeep.verify, pool, progress, lambda: self.ending))).items():
+            check = partial(upkeep.verify, pool, progress, lambda: self.ending or gone())
+            for tier, found in (await self._job(check)).items():
                 of = counts.setdefault(tier, {"checked": 0, "bad": 0})
                 for name, number in found.items():
                     of[name] += number

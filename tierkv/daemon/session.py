@@ -17,6 +17,7 @@ import numpy as np
 
 from tierkv import __version__
 from tierkv.daemon.access import NEEDS, Peer, Role
+from tierkv.daemon.events import encode
 from tierkv.daemon.pool import Lent, Pool, Sought, Writing
 from tierkv.daemon.protocol import (
     MAX_KEYS,
@@ -115,16 +116,10 @@ class Session:
         start = time.perf_counter()
         try:
             answer = _HANDLERS[message.op](self, message)
-        except TierKVError as error:
-            if isinstance(error, ProtocolError):
-                raise
-            self._answered(message, start, failed=True)
-            self._refuse(message, error)
-            return
-        except Exception:
-            log.exception("daemon: %s failed", message.op.name)
-            self._answered(message, start, failed=True)
-            self.stream.refuse(message.id, "the daemon failed; its log says why", kind="defect")
+        except ProtocolError:
+            raise
+        except Exception as error:  # noqa: BLE001  (logged and answered there)
+            self._failed(message, start, error)
             return
         if isinstance(answer, dict):
             self._reply(message, start, answer)
@@ -138,22 +133,20 @@ class Session:
     async def _later(self, message: Message, start: float, answer: Coroutine[Any, Any, dict[str, Any] | None]) -> None:
         try:
             fields = await answer
-        except TierKVError as error:
-            self._answered(message, start, failed=True)
-            self._refuse(message, error)
-            return
-        except Exception:
-            log.exception("daemon: %s failed", message.op.name)
-            self._answered(message, start, failed=True)
-            self.stream.refuse(message.id, "the daemon failed; its log says why", kind="defect")
+        except Exception as error:  # noqa: BLE001  (logged and answered there)
+            self._failed(message, start, error)
             return
         if fields is None:
             self._answered(message, start)
         else:
             self._reply(message, start, fields)
 
-    def _refuse(self, message: Message, error: TierKVError) -> None:
-        if message.op not in ONE_WAY:
+    def _failed(self, message: Message, start: float, error: Exception) -> None:
+        self._answered(message, start, failed=True)
+        if not isinstance(error, TierKVError):
+            log.error("daemon: %s failed", message.op.name, exc_info=error)
+            self.stream.refuse(message.id, "the daemon failed; its log says why", kind="defect")
+        elif message.op not in ONE_WAY:
             kind = "config" if isinstance(error, ConfigError) else getattr(error, "kind", "refused")
             self.stream.refuse(message.id, str(error), kind=kind)
 
@@ -494,7 +487,7 @@ class Session:
         return self.service.pin(self._pool(message), self._keys(message), ttl_s)
 
     def unpin(self, message: Message) -> dict[str, Any]:
-        """End pins whose name begins so; all of them if it is empty."""
+        """End the pin of this name; all of them if it is empty."""
         return {"ended": self.service.unpin(message.fields["pin"])}
 
     def forget(self, message: Message) -> Coroutine[Any, Any, dict[str, Any]]:
@@ -512,15 +505,20 @@ class Session:
 
     def verify(self, message: Message) -> Coroutine[Any, Any, dict[str, Any]]:
         """Compare every block with its checksum; progress comes as events of this request."""
-        return self.service.verify(lambda done: self.stream.send(Op.EVENT, message.id, done))
+        return self.service.verify(
+            lambda done: self.stream.send(Op.EVENT, message.id, done), lambda: self.stream.closed
+        )
 
     def stats(self, message: Message) -> dict[str, Any]:
         """What the dashboard shows."""
         return {"payload": [memoryview(json.dumps(self.service.stats()).encode())]}
 
     def subscribe(self, message: Message) -> dict[str, Any]:
-        """From now on, blocks that tiers begin and cease to hold come as events of this request."""
+        """From now on, blocks that tiers begin and cease to hold come as events of this request; what it knew before is void."""
         self.service.subscribers[self] = message.id
+        for number, log in self.service.logs.items():
+            told = {"pool": number, "events": encode([log.cleared()])}
+            self.stream.loop.call_soon(self.stream.send, Op.EVENT, message.id, told)  # after the answer
         return {}
 
 

@@ -57,11 +57,14 @@ def what_if_larger(metrics: Metrics, pool: Pool) -> ReuseDistances:
 
 
 def forget(pool: Pool, *, model: str | None, tenant: str | None, until: float) -> dict[str, int]:
-    """Forget what is of this model and tenant (None: of any) and was not used after `until`; blocks by tier."""
+    """Forget what is of this model and tenant (None: of any) and was not used after `until`; blocks by tier.
+
+    What is of nobody that is known goes as well: it may be theirs.
+    """
 
     def wanted(namespace: Namespace | None) -> bool:
         if namespace is None:
-            return model is None and tenant is None
+            return True
         return model in (None, namespace.model) and tenant in (None, namespace.tenant)
 
     every = model is None and tenant is None
