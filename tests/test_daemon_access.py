@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def test_a_token_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 def test_every_operation_needs_a_role() -> None:
     assert set(NEEDS) == set(Op)
-    assert {op for op, role in NEEDS.items() if role is Role.ADMIN} == {Op.FORGET, Op.FLUSH, Op.DRAIN, Op.VERIFY}
+    admin = {Op.FORGET, Op.FLUSH, Op.DRAIN, Op.VERIFY, Op.SUBSCRIBE}
+    assert {op for op, role in NEEDS.items() if role is Role.ADMIN} == admin
 
 
 @pytest.mark.parametrize("token", ["", "x" * 16, READ[:-1]])
@@ -144,11 +146,22 @@ def test_each_role_does_what_it_may_and_no_more(tmp_path: Path, token_file: Path
 
 def test_an_operation_above_the_role_is_refused_even_by_hand(tmp_path: Path, token_file: Path) -> None:
     with running(tmp_path, token_file=token_file) as daemon, raw(daemon.urls[1], token=READ) as client:
-        client.attach()
         client.send(Op.FILL, {"lease": 1, "checksums": bytes(8)}, bytes(1 << 20))
         message = client.receive()
         assert message and message.op is Op.REFUSED and message.fields["kind"] == "refused"
         assert client.ask(Op.PING, {}).op is Op.REPLY
+
+
+def test_who_may_only_read_has_no_pool_made(tmp_path: Path, token_file: Path) -> None:
+    with running(tmp_path, token_file=token_file) as daemon:
+        with daemon.blocks(daemon.urls[1], token=READ) as reader:
+            with pytest.raises(RefusedError, match="may only read"):
+                reader.attach()
+            assert not daemon.service.pools
+            with daemon.blocks(daemon.urls[1], token=WRITE) as writer:
+                writer.attach()
+            reader.attach()
+        assert list(daemon.service.pools) == [1]
 
 
 # -- users ------------------------------------------------------------------------------------------------------------------
@@ -328,6 +341,24 @@ def test_a_folder_in_which_others_may_write_is_refused(tmp_path: Path) -> None:
         RunningDaemon(config_of(tmp_path, listen=[f"unix://{tmp_path}/open/d.sock"]))
     with pytest.raises(TierError):
         RunningDaemon(config_of(tmp_path, listen=[f"unix://{tmp_path}/{'x' * 120}.sock"]))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_a_socket_in_another_users_folder_under_tmp_is_not_connected_to(tmp_path: Path) -> None:
+    anybodys = tmp_path / "anybodys"
+    anybodys.mkdir()
+    anybodys.chmod(0o1777)
+    theirs = anybodys / "tierkv"
+    theirs.mkdir()
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as squatter:
+        squatter.bind(str(theirs / "d.sock"))
+        squatter.listen()
+        os.chown(theirs, 65534, 65534)
+        with pytest.raises(TierError, match="another user's"):
+            DaemonClient(f"unix://{theirs}/d.sock", token="secret").ping()
+        squatter.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            squatter.accept()
 
 
 def test_the_socket_has_the_permissions_it_was_given(tmp_path: Path) -> None:

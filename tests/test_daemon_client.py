@@ -29,7 +29,6 @@ from tierkv.daemon.blocks import Blocks
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.events import Event, Kind, batches
 from tierkv.daemon.protocol import LOANS, Message, Op, State, encode
-from tierkv.daemon.service import QUARANTINE_S
 from tierkv.keys import Key, Namespace
 from tierkv.layout import Layout
 from tierkv.metrics import Metrics
@@ -308,33 +307,37 @@ def test_what_a_client_says_has_ended_is_over_even_if_its_end_was_not_heard_yet(
             assert states_of(reserve(client, run, pool)) == [State.HERE] * 4
 
 
-def test_quarantine_ends_some_time(tmp_path: Path) -> None:
+def test_quarantine_does_not_end_while_its_writer_lives(tmp_path: Path) -> None:
     clock = FakeClock(1000.0)
     with running(tmp_path, clock=clock) as daemon:
         with raw(daemon.urls[0]) as client:
             reserve(client, make_run(4, seed=1), client.attach(memory=1))
         daemon.until(lambda: daemon.service.quarantined == 4, "its places are in quarantine")
-        clock.advance(QUARANTINE_S - 1)
+        clock.advance(1e6)
         daemon.do(daemon.service.tick)
         assert daemon.service.quarantined == 4
-        clock.advance(2)
-        daemon.do(daemon.service.tick)
-        assert daemon.do(daemon.at_rest) and not daemon.service.clients
+        with raw(daemon.urls[0], connection=2, ended=[1]):
+            assert daemon.do(daemon.at_rest)
 
 
-def test_a_writer_whose_process_cannot_be_watched_keeps_its_places_too(
+def test_a_process_that_cannot_be_watched_does_not_write_in_memory_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(pid: int) -> int:
         raise OSError(errno.EMFILE, "no descriptor is left")
 
     monkeypatch.setattr(os, "pidfd_open", full)
+    run = make_run(4, seed=1)
     with running(tmp_path) as daemon:
+        with daemon.blocks() as blocks:
+            assert set(blocks.write(run, blocks_of(run))) == {State.HERE}
+            outs = [bytearray(SMALL.block_bytes) for _ in run.keys]
+            assert set(blocks.read(run.keys, [memoryview(out) for out in outs], deadline_s=10.0)) == {State.HERE}
+            assert [bytes(out) for out in outs] == [block_of(key) for key in run.keys]
+            assert blocks._attached and blocks._attached.region and not blocks._attached.writable
         with raw(daemon.urls[0]) as client:
-            reserve(client, make_run(4, seed=1), client.attach(memory=1))
-        daemon.until(lambda: daemon.service.quarantined == 4, "its places are in quarantine")
-        with raw(daemon.urls[0], connection=2, ended=[1]):
-            assert daemon.do(daemon.at_rest)
+            reserve(client, make_run(4, seed=2), client.attach(memory=1))
+        daemon.until(daemon.at_rest, "its places are free at once")
 
 
 def test_who_has_no_memory_mapped_cannot_write_late(tmp_path: Path) -> None:

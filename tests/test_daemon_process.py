@@ -123,7 +123,7 @@ def test_sigint_ends_it_as_sigterm_does(tmp_path: Path) -> None:
         assert not (tmp_path / "d.sock").exists()
 
 
-def test_sighup_reads_tokens_anew_and_keeps_connections(tmp_path: Path) -> None:
+def test_sighup_reads_tokens_anew_and_keeps_who_still_has_one(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
     tokens.write_text("the first token of all\n")
     options = {"listen": ["tcp://127.0.0.1:0"], "server.token_file": tokens}
@@ -133,11 +133,15 @@ def test_sighup_reads_tokens_anew_and_keeps_connections(tmp_path: Path) -> None:
         daemon.signal(signal.SIGHUP)
         assert daemon.process.stdout
         assert any("reloaded: tokens" in line for line in iter(daemon.process.stdout.readline, ""))
-        user.client.ping()
-        with User(daemon.urls[0], token="the first token of all") as late, pytest.raises(RefusedError, match="token"):
-            late.client.ping()
+        with pytest.raises(RefusedError, match="token"):
+            user.client.ping()
         with User(daemon.urls[0], token="quite another token") as other:
             other.client.ping()
+            daemon.signal(signal.SIGHUP)
+            assert any("reloaded: tokens" in line for line in iter(daemon.process.stdout.readline, ""))
+            other.client.ping()
+            hellos = next(row for row in other.client.stats()["requests"] if row["op"] == "hello")
+            assert hellos["count"] == 3  # its first connection is still the one it has
 
 
 def test_sighup_with_a_bad_file_changes_nothing(tmp_path: Path) -> None:

@@ -247,6 +247,30 @@ def test_what_is_asked_wrongly_is_one_line_and_exit_code_2(
     assert said.err.startswith("error: ") and said.err.count("\n") == 1 and not said.out
 
 
+def test_what_a_daemon_before_left_is_verified_and_forgotten_before_any_client_comes(tmp_path: Path) -> None:
+    with running(tmp_path, disk="16MiB") as daemon, daemon.blocks() as blocks:
+        written(blocks, 5, seed=1)
+        blocks.client.flush()
+    with running(tmp_path, disk="16MiB") as daemon, closing(daemon.client()) as client:
+        assert client.verify() == {"host": {"checked": 0, "bad": 0}, "disk": {"checked": 5, "bad": 0}}
+        with pytest.raises(RefusedError, match="the models here are 'test'"):
+            client.forget(model="tset")
+        assert client.forget(model="test") == {"host": 0, "disk": 5}
+
+
+def test_only_so_many_namespaces_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tierkv.daemon.pool.MAX_NAMESPACES", 3)
+    with running(tmp_path) as daemon:
+        every = [named(daemon, Namespace(str(number), SMALL)) for number in range(4)]
+        for blocks in every[:3]:
+            blocks.attach()
+        with pytest.raises(RefusedError, match="as many as a daemon tells apart"):
+            every[3].attach()
+        for blocks in every:
+            blocks.close()
+            blocks.client.close()
+
+
 # -- Redis below it ---------------------------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim", "block_tokens"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise LayoutError(f"layout {name}={value!r}: must be an integer of at least 1")
         if self.parts not in (1, 2):
             raise LayoutError(f"layout parts={self.parts!r}: must be 2 (K and V) or 1 (MLA latents)")

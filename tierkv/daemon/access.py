@@ -32,6 +32,7 @@ NEEDS: Final = dict.fromkeys(Op, Role.READ) | {
     Op.DELETE: Role.WRITE,
     Op.PIN: Role.WRITE,
     Op.UNPIN: Role.WRITE,
+    Op.SUBSCRIBE: Role.ADMIN,  # it hears the tokens of every tenant
     Op.FORGET: Role.ADMIN,
     Op.FLUSH: Role.ADMIN,
     Op.DRAIN: Role.ADMIN,

@@ -48,6 +48,8 @@ MAX_USES: Final = 256
 
 MIN_ORPHANS: Final = 1024
 """Unknown parents that are remembered before it is asked which of them the index still has."""
+MAX_NAMESPACES: Final = 4096
+"""Models, adapters and tenants that clients may name to one pool."""
 COUNT_EVERY_S: Final = 10.0
 """Counting blocks by namespace visits every strand: not more often than this."""
 
@@ -241,6 +243,10 @@ class Pool:
     def introduce(self, root: Key, namespace: Namespace) -> None:
         """A client's blocks hang on `root`: remember what that stands for."""
         if root not in self._introduced:
+            if len(self._introduced) >= MAX_NAMESPACES:
+                raise RefusedError(
+                    f"{MAX_NAMESPACES} namespaces are here already: as many as a daemon tells apart; restart it"
+                )
             self._introduced.add(root)
             self.namespaces[root] = namespace
             for below in self.below:

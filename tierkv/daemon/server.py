@@ -211,6 +211,7 @@ class Server:
         finally:
             _notify("READY=1")
         self.service.tokens, self._tls = tokens, tls
+        self.service.recheck()
         old, given = self.config, config.server
         server = replace(old.server, **{name: getattr(given, name) for name in RELOADED})
         self.config = self.service.config = replace(old, server=server)

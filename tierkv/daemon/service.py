@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from tierkv.daemon.zmq_events import ZmqPublisher
 
 TICK_S: Final = 0.25
-QUARANTINE_S: Final = 600.0
-"""How long the places of a lost writer stay unused when nothing tells whether it still runs."""
 CLOCKS_EVERY_S: Final = 10.0
 MAX_CLOCKS: Final = 100_000
 """Notes of logical against real time: what was not used for eleven days can be told from the rest."""
@@ -107,7 +105,7 @@ class Service:
         self.began_s = clock()
         self.clocks: dict[int, deque[tuple[float, int]]] = {}
         self._waiting: dict[tuple[int, bytes], set[asyncio.Future[None]]] = {}
-        self._quarantine: dict[tuple[bytes, int], tuple[float, list[tuple[Pool, Writing]]]] = {}
+        self._quarantine: dict[tuple[bytes, int], list[tuple[Pool, Writing]]] = {}
         self._next_pin = 1
         self._opening = asyncio.Lock()
         self._distances: dict[int, ReuseDistances] = {}
@@ -125,6 +123,11 @@ class Service:
         return sum(
             one.leased_blocks(pool) * pool.layout.block_bytes for one in clients for pool in list(self.pools.values())
         )
+
+    def recheck(self) -> None:
+        """The tokens are other ones now."""
+        for session in self._sessions():
+            session.recheck()
 
     # -- clients ------------------------------------------------------------------------------------------------------
 
@@ -179,7 +182,7 @@ class Service:
         client.sessions.discard(session)
         if late and client.mapped:
             # It may be in the middle of a copy. Its places are nobody's until it says that it is not, or is gone.
-            self._quarantine[client.id, session.number] = (self.clock() + QUARANTINE_S, late)
+            self._quarantine[client.id, session.number] = late
         else:
             for pool, writing in late:
                 pool.abandon(writing)
@@ -199,8 +202,7 @@ class Service:
 
     def _clear(self, id: bytes, number: int) -> None:
         """Nobody writes to the places of this connection any more."""
-        _, late = self._quarantine.pop((id, number), (0.0, []))
-        for pool, writing in late:
+        for pool, writing in self._quarantine.pop((id, number), ()):
             pool.abandon(writing)
         if client := self.clients.get(id):
             self._let_go(client)
@@ -208,7 +210,7 @@ class Service:
     @property
     def quarantined(self) -> int:
         """Places that nobody may use until their lost writers are known to be gone."""
-        return sum(len(writing.places) for _, late in self._quarantine.values() for _, writing in late)
+        return sum(len(writing.places) for late in self._quarantine.values() for _, writing in late)
 
     # -- pools --------------------------------------------------------------------------------------------------------
 
@@ -217,9 +219,13 @@ class Service:
         """Run what opens files or asks a network on a thread, while others are served."""
         return await asyncio.get_running_loop().run_in_executor(None, work)
 
-    async def attach(self, client: Client, layout: Layout, *, device_bytes: int) -> Pool:
-        """The pool of a layout, made when first asked for."""
+    async def attach(self, client: Client, layout: Layout, *, device_bytes: int, opens: bool) -> Pool:
+        """The pool of a layout, made when first asked for. opens: whether this client may have it made, or only reads."""
         pool = self._known(layout)  # who has its pool does not wait for a disk that is opened for another
+        if pool is None and not opens:
+            raise RefusedError(
+                "nobody has written blocks of this layout here, and this client may only read", kind="config"
+            )
         if pool is None:
             async with self._opening:
                 pool = await self._pool_of(layout)
@@ -253,6 +259,13 @@ class Service:
                 )
             pool = await self._open(layout)
         return pool
+
+    async def _open_kept(self) -> None:
+        """Open what an earlier daemon left on disk and no client has asked for yet, as far as server.layouts goes."""
+        async with self._opening:
+            for layout in await self.off_loop(partial(upkeep.kept_layouts, self.config.disk.path)):
+                if self._known(layout) is None and len(self.pools) < self.config.server.layouts:
+                    await self._open(layout)
 
     async def _open(self, layout: Layout) -> Pool:
         number = 1 + max(self.pools, default=0)
@@ -370,6 +383,17 @@ class Service:
         model, tenant, older_s = wanted["model"], wanted["tenant"], wanted["older_s"]
         if model is None and tenant is None and older_s is None:
             raise RefusedError("forget what? give a model, a tenant, or an age")
+        await self._open_kept()
+        known = {namespace for pool in self.pools.values() for namespace in pool.namespaces.values()}
+        nobodys = any(pool.roots_of(lambda namespace: namespace is None) for pool in self.pools.values())
+        for name, value in (("model", model), ("tenant", tenant)):
+            if (
+                value is not None
+                and not nobodys
+                and value not in (names := sorted({str(getattr(one, name)) for one in known}))
+            ):
+                told = ", ".join(repr(one) for one in names[:8]) or "none"
+                raise RefusedError(f"nothing is known of {name} {value!r}: the {name}s here are {told}")
         jobs = [
             self._job(partial(upkeep.forget, pool, model=model, tenant=tenant, until=self._until(pool, older_s)))
             for pool in self.pools.values()
@@ -399,6 +423,7 @@ class Service:
 
     async def verify(self, told: Callable[[dict[str, Any]], None], gone: Callable[[], bool]) -> dict[str, Any]:
         """Compare every block with its checksum, and forget the bad ones, for as long as whoever asked is not `gone`."""
+        await self._open_kept()
         counts: dict[str, dict[str, int]] = {}
         loop = asyncio.get_running_loop()
         for pool in list(self.pools.values()):
@@ -426,8 +451,6 @@ class Service:
             session.expire(now - self.config.server.lease_s)
         for name in [name for name, pin in self.pins.items() if pin.expires_s <= now]:
             self.unpin(name)
-        for client, number in [place for place, (until, _) in self._quarantine.items() if until <= now]:
-            self._clear(client, number)
         for number, pool in self.pools.items():
             if now - self.clocks[number][-1][0] >= CLOCKS_EVERY_S:
                 self.clocks[number].append((now, pool.index.clock))

@@ -20,6 +20,8 @@ from tierkv.daemon.access import NEEDS, Peer, Role
 from tierkv.daemon.events import encode
 from tierkv.daemon.pool import Lent, Pool, Sought, Writing
 from tierkv.daemon.protocol import (
+    LOANS,
+    MAX_HEADER_BYTES,
     MAX_KEYS,
     MAX_PAYLOAD_BYTES,
     MAX_REQUEST_BYTES,
@@ -72,6 +74,7 @@ class Session:
     peer: Peer
     client: "Client | None" = None
     role: Role | None = None
+    token: str = ""
     number: int = 0
     mapped: bool = False
     wants_memory: bool = False
@@ -89,6 +92,16 @@ class Session:
         stream.incoming.sink = self._sink
         self._timer = stream.loop.call_later(HELLO_S, self._expect_hello)
         stream.start()
+
+    def recheck(self) -> None:
+        """The tokens are other ones: who has none of them any more goes, and who has another role has that."""
+        if self.client is None:
+            return
+        role = self.service.tokens.role(self.token, self.peer)
+        if role is None:
+            self.stream.close("its token is not one of ours any more")
+        else:
+            self.role = role
 
     def _expect_hello(self) -> None:
         if self.client is None:
@@ -244,7 +257,8 @@ class Session:
         fields = message.fields
         if self.client is not None:
             raise ProtocolError("HELLO twice")
-        self.role = self.service.tokens.role(fields["token"], self.peer)
+        self.token = fields["token"]
+        self.role = self.service.tokens.role(self.token, self.peer)
         if self.role is None:
             self.stream.loop.call_soon(self.stream.finish, "an unknown token")
             raise RefusedError("a token is needed here, and this is none of ours: see daemon.token_file", kind="token")
@@ -273,9 +287,12 @@ class Session:
         except (LayoutError, TypeError, KeyError) as error:
             raise RefusedError(f"a layout or namespace that is none: {error}") from None
         assert self.client
-        pool = await self.service.attach(self.client, layout, device_bytes=fields["device_bytes"])
-        await self.service.off_loop(partial(pool.introduce, Key(fields["root"]), named))
-        writable = self.role is not None and self.role >= Role.WRITE
+        writes = self.role is not None and self.role >= Role.WRITE
+        pool = await self.service.attach(self.client, layout, device_bytes=fields["device_bytes"], opens=writes)
+        if writes:
+            await self.service.off_loop(partial(pool.introduce, Key(fields["root"]), named))
+        # Whose end nobody would hear of is not let write in memory itself: it may go on to do so after its connection is lost.
+        writable = writes and self.client.watched is not None
         reply: dict[str, Any] = {
             "pool": pool.number,
             "places": pool.slab.num_places,
@@ -286,7 +303,7 @@ class Session:
         }
         if reply["memory"]:
             reply["fds"] = (pool.slab.fd if writable else pool.slab.reader_fd,)
-            self.client.mapped = True
+            self.client.mapped = self.client.mapped or writable
         return reply
 
     def ping(self, message: Message) -> dict[str, Any]:
@@ -394,10 +411,9 @@ class Session:
         """Send blocks: a table as that of LEND in the header, then those that are here."""
         pool = self._pool(message)
         keys = self._keys(message)
-        if len(keys) // KEY_BYTES * pool.layout.block_bytes > MAX_PAYLOAD_BYTES:
-            raise RefusedError(
-                f"{len(keys) // KEY_BYTES} blocks at once: replies have {MAX_PAYLOAD_BYTES} bytes at most; ask for fewer"
-            )
+        most = min(MAX_PAYLOAD_BYTES // pool.layout.block_bytes, MAX_HEADER_BYTES // 2 // LOANS.itemsize)
+        if len(keys) // KEY_BYTES > most:
+            raise RefusedError(f"{len(keys) // KEY_BYTES} blocks at once: a reply has {most} at most; ask for fewer")
         lent = self._borrow(pool, keys)
         if lent.lacking:
             return self._lifted(pool, lent, message.fields["deadline_s"], self._sent)

@@ -85,10 +85,23 @@ def _refuse_foreign(folder: Path) -> None:
         raise TierError(f"{folder}: others can write there; give --listen a socket in a folder of yours")
 
 
+def _refuse_squatter(folder: Path) -> None:
+    """Where anybody may make a folder, as in /tmp, one of another user's may wait there for our token and our blocks."""
+    try:
+        found, above = folder.stat(), folder.parent.stat()
+    except FileNotFoundError:
+        return  # nobody listens: what connects will say so
+    if above.st_mode & stat.S_IWOTH and found.st_uid not in (0, os.geteuid()):
+        raise PermissionError(
+            f"{folder} is another user's, in a folder where anybody makes what he likes: give another socket"
+        )
+
+
 def connect(url: str, *, tls: TlsFiles, timeout_s: float) -> socket.socket:
     """A connected socket. Raises OSError while nobody listens, ConfigError for TLS files that cannot be used."""
     parts = urlsplit(url)
     if parts.scheme == "unix":
+        _refuse_squatter(Path(unquote(parts.path)).parent)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.settimeout(timeout_s)
         try:

@@ -1,21 +1,26 @@
 """What is done with whole pools: forgetting on request, writing everything down, verifying, telling how it stands."""
 
+import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tierkv import __version__
 from tierkv.daemon.pool import DISK, Pool
+from tierkv.errors import TierKVError
 from tierkv.index import Lease
 from tierkv.keys import Key, Namespace
+from tierkv.layout import Layout
 from tierkv.metrics import Histogram, Metrics
 from tierkv.mover import Clock
 from tierkv.reuse_distance import ReuseDistances, what_if
 from tierkv.tiers.base import Miss
+from tierkv.tiers.disk_array import read_about
 from tierkv.transfers import HOST, write_down
 from tierkv.values import hide_password
 
@@ -25,6 +30,9 @@ if TYPE_CHECKING:
 VERIFY_BLOCKS: Final = 64
 """Checked before others may use the tier, and before progress is told."""
 TOP_PREFIXES: Final = 20
+_FOLDER_CHARACTERS: Final = 32
+"""Of a layout's fingerprint in hex, which names the folder of its blocks."""
+log = logging.getLogger("tierkv")
 
 
 def observe(metrics: Metrics, pools: Sequence[Pool]) -> None:
@@ -40,6 +48,18 @@ def observe(metrics: Metrics, pools: Sequence[Pool]) -> None:
             metrics.blocks_capacity.read_from(partial(total, number, "capacity"), tier)
             metrics.blocks_evicted.read_from(partial(total, number, "evicted"), tier)
             metrics.blocks_lost.read_from(partial(total, number, "lost"), tier)
+
+
+def kept_layouts(folder: Path | None) -> list[Layout]:
+    """The layouts whose blocks an earlier daemon left under a disk folder."""
+    found = []
+    for path in sorted(folder.iterdir()) if folder and folder.is_dir() else ():
+        try:
+            if len(path.name) == _FOLDER_CHARACTERS and path.is_dir():
+                found.append(Layout(**read_about(path)["layout"]))
+        except (TierKVError, TypeError) as error:
+            log.warning("%s is no folder of blocks: %s", path, error)
+    return found
 
 
 def what_if_larger(metrics: Metrics, pool: Pool) -> ReuseDistances:
