@@ -200,7 +200,7 @@ def unpin(
         ended = client.unpin(name)
     if name and not ended:
         raise TierError(f"there is no pin {name}; `tierkv daemon status --json` lists them")
-    print_rows([("ended", f"{ended:,} pins")])
+    print_rows([("ended", f"{ended:,} pin{'' if ended == 1 else 's'}")])
 
 
 @daemon.command()

@@ -234,8 +234,8 @@ class Server:
         try:
             if service.pools:
                 flushed = await service.flush(drain_s)
-                state = "all of it" if flushed["complete"] else f"not all within {drain_s:g} s"
-                self._told(f"stopping: {flushed['written']} blocks written down, {state}")
+                left = "" if flushed["complete"] else f"; not all within {drain_s:g} s"
+                self._told(f"stopping: {flushed['written']} more blocks written down{left}")
         finally:
             for stream in list(self._streams):
                 stream.close("the daemon stops")
