@@ -109,6 +109,7 @@ INDEX = tuple(
         "audit",
         "names",
         "purge",
+        "walks",
     )
 )
 STORE = tuple(

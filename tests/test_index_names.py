@@ -4,10 +4,11 @@ import hashlib
 from array import array
 from collections.abc import Callable, Sequence
 from math import inf
+from threading import Lock
 
 import pytest
 
-from tierkv import names
+from tierkv import names, walks
 from tierkv.index import Index, Lease, TierSpec
 from tierkv.keys import KEY_BYTES, Key, chain
 from tierkv.policies import make
@@ -31,6 +32,34 @@ class Ear:
 
     def removed(self, tier: int, keys: bytes) -> None:
         self.heard.append(("removed", tier, keys))
+
+
+class Turns:
+    """The lock of an index, with calls that others make just before it is taken for the nth time."""
+
+    def __init__(self, before: dict[int, Callable[[], object]]) -> None:
+        self.before = before
+        self.num_taken = 0
+        self._lock = Lock()
+
+    def __enter__(self) -> None:
+        self.num_taken += 1
+        if call := self.before.pop(self.num_taken, None):
+            call()
+        assert self._lock.acquire(blocking=False), "it was kept while others had their turn"
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def take_turns(
+    index: Index, monkeypatch: pytest.MonkeyPatch, before: dict[int, Callable[[], object]], *, batch: int = 1
+) -> Turns:
+    """Let calls come between the batches of the next call: the first time it lists, the second it takes a batch."""
+    turns = Turns(before)
+    monkeypatch.setattr(walks, "BATCH", batch)
+    monkeypatch.setattr(index, "_lock", turns)
+    return turns
 
 
 def new_index(
@@ -201,7 +230,7 @@ def test_a_strand_that_has_gone_is_not_named_by_who_still_hashes_it() -> None:
     index.check([])
 
 
-@pytest.mark.parametrize("ask", [Index.presence, Index.trace])
+@pytest.mark.parametrize("ask", [Index.presence, Index.trace, Index.trace_all])
 def test_keys_must_be_whole_and_the_index_named(ask: Callable[[Index, bytes], object]) -> None:
     with pytest.raises(ValueError, match="33 bytes of keys"):
         ask(new_index(), b"x" * 33)
@@ -274,6 +303,30 @@ def test_a_stretch_with_a_hole_is_pinned_beyond_it() -> None:
     assert index.evict(HOST).evicted == 0
     lease.release()
     assert index.evict(HOST).evicted == 2
+
+
+def test_tracing_all_leases_a_block_on_every_path_that_has_its_key() -> None:
+    index = new_index()
+    first = Key(keys_of(1)[0])
+    save(index, 2, 3, root=first).release()
+    save(index, 1, 2, 3).release()
+    traced = index.trace_all(b"".join(keys_of(1, 2, 3)))
+    found = [(position, lease.root, lease.lo, lease.num_blocks) for position, lease in traced]
+    assert found == [(0, ROOT, 0, 3), (1, first, 0, 1), (2, first, 1, 2)]
+    assert index.evict(HOST).evicted == 0, "every one of them is pinned"
+    index.check([lease for _, lease in traced])
+    for _, lease in traced:
+        lease.release()
+    assert index.evict(HOST).evicted == 5
+
+
+def test_tracing_all_is_tracing_where_no_key_is_there_twice() -> None:
+    index = new_index()
+    save(index, 1, 2).release()
+    [(position, lease)] = index.trace_all(b"".join([STRANGER, *keys_of(1, 2)]))
+    assert (position, lease.lo, lease.num_blocks) == (1, 0, 2)
+    lease.release()
+    index.check([])
 
 
 def test_tracing_is_no_use() -> None:
@@ -443,3 +496,195 @@ def test_a_policy_goes_on_after_a_purge(policy: str) -> None:
         index.check([])
     held = index.stats().tiers[HOST].held
     assert held == 8 == index.evict(HOST).evicted
+
+
+# -- in turns with others ----------------------------------------------------------------------------------------------
+
+
+def branches(index: Index) -> None:
+    """Blocks 1 to 3, on which 4 and 5 hang, as three strands."""
+    save(index, 1, 2, 3).release()
+    save(index, 1, 4).release()
+    save(index, 1, 5).release()
+
+
+@pytest.mark.parametrize(("batch", "taken"), [(1, 4), (2, 3), (3, 2)])
+def test_a_purge_takes_the_lock_for_a_batch_at_a_time(batch: int, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = new_index()
+    branches(index)
+    turns = take_turns(index, monkeypatch, {}, batch=batch)
+    assert index.purge(roots=None).evicted == (5, 0)
+    assert turns.num_taken == taken
+    assert index.roots() == []
+
+
+@pytest.mark.parametrize("history_blocks", [0, 2, 9])
+def test_all_is_in_order_between_two_batches_of_a_purge(history_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = new_index(history_blocks=history_blocks)
+    branches(index)
+    save(index, 1, 4, 6, root=OTHER).release()
+    index.evict(HOST, 4)
+    left: list[int] = []
+
+    def look() -> None:
+        index.check([])
+        left.append(index.stats().tiers[HOST].held)
+
+    take_turns(index, monkeypatch, {2: look, 5: look})  # what `look` does takes it twice
+    index.purge(roots=None)
+    assert left == sorted(left, reverse=True) and len(left) == 2
+    index.check([])
+    assert index.roots() == [] and index.stats().num_past == 0
+
+
+def test_a_purge_until_a_time_bounds_history_in_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = new_index(history_blocks=1)
+    branches(index)
+    past: list[int] = []
+    take_turns(index, monkeypatch, {4: lambda: past.append(index.stats().num_past)})
+    assert index.purge(roots=None, until=index.clock).evicted == (5, 0)
+    assert past == [1] and index.stats().num_past == 1
+    index.check([])
+
+
+def test_a_strand_that_goes_between_two_batches_is_not_purged_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = new_index()
+    branches(index)
+    then = index.clock
+    take_turns(index, monkeypatch, {2: lambda: index.evict(HOST)})
+    assert index.purge(roots=None, until=then).evicted == index.purge(roots=None).evicted == (0, 0)
+    index.check([])
+    assert index.room(HOST)[0] == 64 and index.roots() == []
+
+
+def test_a_block_that_hangs_on_a_purged_one_meanwhile_stays_with_all_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = new_index()
+    branches(index)
+    take_turns(index, monkeypatch, {2: lambda: save(index, 1, 7).release()})
+    assert index.purge(roots=None).evicted == (4, 0)
+    assert index.match(ROOT, prompt(1, 7)).num_blocks == 2
+    index.check([])
+
+
+def test_a_block_that_follows_a_purged_one_meanwhile_stays_with_all_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = new_index()
+    branches(index)
+    take_turns(index, monkeypatch, {2: lambda: save(index, 1, 2, 3, 8).release()})
+    assert index.purge(roots=None).evicted == (2, 0)
+    assert index.match(ROOT, prompt(1, 2, 3, 8)).num_blocks == 4
+    index.check([])
+    assert index.purge(roots=None).evicted == (4, 0)
+
+
+def test_a_known_block_that_is_saved_again_before_its_turn_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = new_index(history_blocks=9)
+    branches(index)
+    index.evict(HOST)
+    take_turns(index, monkeypatch, {2: lambda: save(index, 1, 2, 3).release()})
+    assert index.purge(roots=None).evicted == (3, 0)
+    assert index.roots() == [] and index.stats().num_blocks == 0
+
+
+def test_a_purge_spares_what_is_pinned_between_two_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = new_index()
+    branches(index)
+    kept: list[Lease] = []
+    take_turns(index, monkeypatch, {3: lambda: kept.append(index.keep(ROOT, prompt(1, 2)))})
+    assert index.purge(roots=None).evicted == (3, 0)
+    assert kept[0].num_blocks == 2
+    index.check(kept)
+
+
+def test_history_that_hangs_on_a_purged_strand_meanwhile_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = new_index(history_blocks=9)
+    branches(index)
+
+    def save_and_forget() -> None:
+        save(index, 1, 7).release()
+        index.evict(HOST)
+
+    take_turns(index, monkeypatch, {2: save_and_forget})
+    index.purge(roots=None)
+    index.check([])
+    assert index.match(ROOT, prompt(1, 7)).num_blocks == 0 and len(index.explain(ROOT, prompt(1, 7))) == 1
+    index.purge(roots=None)
+    assert index.stats().num_blocks == 0
+
+
+def test_a_namespace_that_goes_and_comes_back_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = new_index()
+    branches(index)
+
+    def begin_anew() -> None:
+        index.evict(HOST)
+        save(index, 1, 9).release()
+
+    take_turns(index, monkeypatch, {2: begin_anew})
+    assert index.purge(roots=[ROOT]).evicted == (0, 0)
+    assert index.roots() == [ROOT] and index.match(ROOT, prompt(1, 9)).num_blocks == 2
+    index.check([])
+
+
+def kept_by(leases: list[Lease]) -> list[tuple[Key, int, int]]:
+    return [(lease.root, lease.lo, lease.num_blocks) for lease in leases]
+
+
+def test_keeping_all_leases_what_a_tier_holds_and_the_one_below_does_not() -> None:
+    index = new_index()
+    branches(index)
+    save(index, 1, 2, root=OTHER).release()
+    with index.keep(ROOT, prompt(1, 2, 3)) as lease:
+        copy = index.begin_copy(lease, DISK, 0, 2)
+        assert copy
+    leases = index.keep_all(HOST, DISK)
+    assert sorted(kept_by(leases)) == sorted([(ROOT, 2, 3), (ROOT, 1, 2), (ROOT, 1, 2), (OTHER, 0, 2)])
+    index.check(leases, [copy])
+    assert index.evict(HOST).evicted == 0, "all of it is pinned"
+    for lease in leases:
+        lease.release()
+    index.commit_copy(copy, [True, True])
+    leases = index.keep_all(DISK, None)
+    assert kept_by(leases) == [(ROOT, 0, 2)]
+    assert index.evict(DISK).evicted == 0 and index.evict(HOST).evicted == 7
+    leases[0].release()
+    index.check([])
+
+
+def test_keeping_all_takes_parents_first_in_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = new_index()
+    branches(index)
+    save(index, 1, 4, 6).release()
+    save(index, 1, 4, 7).release()
+    for batch, taken in ((1, 5), (3, 3), (4, 2)):
+        turns = take_turns(index, monkeypatch, {}, batch=batch)
+        leases = index.keep_all(HOST, None)
+        assert turns.num_taken == taken
+        known = {b""}
+        for lease in leases:
+            assert lease.tokens(0, lease.lo) in known, "what is above has a lease already"
+            known |= {lease.tokens(0, end) for end in range(lease.lo + 1, lease.num_blocks + 1)}
+        assert sum(lease.num_blocks - lease.lo for lease in leases) == 7
+        for lease in leases:
+            lease.release()
+
+
+def test_keeping_all_leaves_out_what_goes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = new_index()
+    branches(index)
+    turns = take_turns(index, monkeypatch, {3: lambda: index.evict(HOST)})
+    leases = index.keep_all(HOST, None)
+    assert kept_by(leases) == [(ROOT, 0, 3)] and turns.num_taken == 5
+    index.check(leases)
+
+
+def test_what_is_held_is_counted_by_namespace_although_it_changes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = new_index()
+    branches(index)
+    assert index.held_by_root() == {ROOT: 5}
+
+    def change() -> None:
+        index.purge(roots=[ROOT])
+        save(index, 1, root=OTHER).release()
+
+    take_turns(index, monkeypatch, {2: change})
+    assert index.held_by_root() == {OTHER: 0}, "its namespaces are those of the end"

@@ -9,9 +9,9 @@
     presence, trace        what is held of blocks that are asked for by key, where the index is `named`
     purge                  forget namespaces, or what was not used for long
 
-Every public method takes the lock itself and does nothing slow inside: no I/O, no hashing. Whatever happens between two
-steps leaves a miss: a copy that is never committed is a block the tier does not hold. No clock but a count of uses; times
-are what callers tell.
+Every public method takes the lock itself and does nothing slow inside: no I/O, no hashing; those that go over all strands
+take it for a batch of them at a time. Whatever happens between two steps leaves a miss: a copy that is never committed is a
+block the tier does not hold. No clock but a count of uses; times are what callers tell.
 Structure: strands.py, paths.py, tree.py, names.py; invariants: audit.py; figures: bench/bench_index.py.
 """
 
@@ -32,6 +32,7 @@ from tierkv.rooms import IndexStats, Room, TierSpec, TierStats
 from tierkv.strands import MAX_TIERS, Strand
 from tierkv.tiers.base import Run
 from tierkv.tree import Tree
+from tierkv.walks import Guarded, held_by_root, keep_all
 from tierkv.wants import Want
 
 __all__ = [
@@ -194,11 +195,10 @@ class Index:
             return self._lease_stretches(known.stretches(keys) + known.twins(keys))
 
     def _lease_stretches(self, stretches: list[Stretch]) -> list[Traced]:
-        traced = []
-        for position, lo, strand, end, tiers in stretches:
-            self._serial += 1
-            traced.append(Traced(position, Lease(self, self._serial, strand.root, strand, end, tiers, lo=lo)))
-        return traced
+        return [
+            Traced(position, self._lease_part(strand, lo - strand.depth, end, tiers))
+            for position, lo, strand, end, tiers in stretches
+        ]
 
     def _named(self, keys: bytes) -> Names:
         if len(keys) % KEY_BYTES:
@@ -331,10 +331,10 @@ class Index:
         """Forget in every tier what nothing pins of these namespaces (None: of all), tails first.
 
         until: only blocks that were not used after this time of `clock`; infinite: all, and their history, so that nothing
-        but what something keeps stays known. The room is free. Takes the time that a walk over these namespaces takes.
+        but what something keeps stays known. The room is free. Lets others have the lock now and then: blocks that come to
+        be known meanwhile stay, with what is above them.
         """
-        with self._lock:
-            return purge(self._tree, roots, until)
+        return purge(Guarded(self._tree, self._lock), roots, until)
 
     # -- copies ----------------------------------------------------------------------------------------------------
 
@@ -448,13 +448,10 @@ class Index:
         all, which takes long where most are below.  until: only blocks that were not used after this time of `clock`.
         """
         tree = self._tree
-        leases: list[Lease] = []
         within = tree.rooms[tier].capacity if within is None else within
         with self._lock:
             found, popped = tree.next_down(tier, below, n, within=within, until=until)
-            for strand, lo, hi in found:
-                self._serial += 1
-                leases.append(Lease(self, self._serial, strand.root, strand, hi, 1 << tier, lo=strand.depth + lo))
+            leases = [self._lease_part(strand, lo, hi, 1 << tier) for strand, lo, hi in found]
             for strand in popped:
                 tree.offer(strand, tier)
         return leases
@@ -462,17 +459,16 @@ class Index:
     def keep_all(self, tier: int, below: int | None) -> list[Lease]:
         """Lease every block that `tier` holds and `below` neither holds nor expects (None: all), parents first.
 
-        Each lease is about its blocks [lo, num_blocks), as those of `spill`. O(strands), under the lock: for a whole tier on
-        request, where `spill` tells what goes next, which of a branching path is its ends alone.
+        Each lease is about its blocks [lo, num_blocks), as those of `spill`. O(strands), but lets others have the lock now
+        and then: what comes or goes meanwhile may be left out. For a whole tier on request, where `spill` tells what goes
+        next, which of a branching path is its ends alone.
         """
-        tree = self._tree
-        leases: list[Lease] = []
-        with self._lock:
-            for strand in tree.strands():
-                for lo, hi in tree.held_not_below(strand, tier, below):
-                    self._serial += 1
-                    leases.append(Lease(self, self._serial, strand.root, strand, hi, 1 << tier, lo=strand.depth + lo))
-        return leases
+        return keep_all(Guarded(self._tree, self._lock), tier, below, self._lease_part)
+
+    def _lease_part(self, strand: Strand, lo: int, hi: int, tiers: int) -> Lease:
+        """Lease the path up to block `hi` of a strand, for its blocks from `lo` on."""
+        self._serial += 1
+        return Lease(self, self._serial, strand.root, strand, hi, tiers, lo=strand.depth + lo)
 
     @property
     def clock(self) -> int:
@@ -512,15 +508,11 @@ class Index:
     # -- figures, checks -----------------------------------------------------------------------------------------------
 
     def held_by_root(self) -> dict[Key, int]:
-        """Count the blocks of each namespace that some tier holds; of one that several hold, most of them once. O(strands)."""
-        found: dict[Key, int] = {}
-        with self._lock:
-            for key, root in self._tree.roots.items():
-                held = (
-                    max((of.count for of in strand.holdings if of), default=0) for strand in self._tree.strands([root])
-                )
-                found[key] = sum(held)
-        return found
+        """Count the blocks of each namespace that some tier holds; of one that several hold, most of them once.
+
+        O(strands), of which the lock is for the listing: what comes or goes meanwhile may be counted or not.
+        """
+        return held_by_root(Guarded(self._tree, self._lock))
 
     def stats(self) -> IndexStats:
         """Count everything, in O(tiers)."""

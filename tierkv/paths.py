@@ -302,9 +302,17 @@ class Paths:
             self.drop_root(parent)
 
     def cut_past(self, strand: Strand) -> None:
-        """Take what is history of a strand, and has nothing hanging on it, out of the tree."""
-        self._cut(strand, strand.size - strand.past)
-        self.history.withdraw(strand)
+        """Take what is history of a strand, and has nothing hanging on it, out of the tree; and then of its parents."""
+        while strand.parent:
+            lo, hi = strand.span(HISTORY)
+            if lo == hi:
+                return
+            self._cut(strand, lo)
+            self.history.withdraw(strand)
+            if strand.size:
+                return
+            strand = strand.parent
+        self.drop_root(strand)
 
     def _cut(self, strand: Strand, size: int) -> None:
         """Take the blocks from `size` on, which are all history, out of the tree."""
@@ -337,8 +345,10 @@ class Paths:
 
     def strands(self, roots: Iterable[Strand] | None = None) -> Iterator[Strand]:
         """Every strand but the roots, parents first; those of all roots, or of these."""
-        stack = [child for root in (self.roots.values() if roots is None else roots) for child in root.offspring()]
+        stack = list(self.roots.values() if roots is None else roots)
         while stack:
             strand = stack.pop()
-            yield strand
-            stack.extend(strand.offspring())
+            if strand.parent:
+                yield strand
+            if strand.children:
+                stack.extend(strand.offspring())

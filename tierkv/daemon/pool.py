@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import inf
 from queue import SimpleQueue
+from threading import get_ident
 from typing import Any, Final, cast
 
 import numpy as np
@@ -124,6 +125,7 @@ class _Tee:
     def __init__(self, to: Listener, namespaces: Mapping[Key, Namespace]) -> None:
         self._to, self._namespaces = to, namespaces
         self._gone: set[Key] | None = None
+        self._thread = 0
 
     def stored(self, tier: int, parent: Key, depth: int, keys: bytes, tokens: bytes) -> None:
         """A tier holds these blocks."""
@@ -132,13 +134,14 @@ class _Tee:
     def removed(self, tier: int, keys: bytes) -> None:
         """A tier holds them no more."""
         self._to.removed(tier, keys)
-        if self._gone is not None:
+        if self._gone is not None and get_ident() == self._thread:
             self._gone.update(_split(keys))
 
     @contextmanager
     def capture(self) -> Iterator[set[Key]]:
-        """Note the keys that go meanwhile."""
-        self._gone = gone = set[Key]()
+        """Note the keys that this thread lets go meanwhile; others may evict at the same time."""
+        gone = set[Key]()
+        self._gone, self._thread = gone, get_ident()
         try:
             yield gone
         finally:
