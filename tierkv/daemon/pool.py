@@ -10,29 +10,27 @@ job of the mover. The three steps are those of every tier: a client that dies be
 
 import asyncio
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from math import inf
 from queue import SimpleQueue
-from threading import get_ident
 from typing import Any, Final, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from tierkv.building import below_of, make_index, open_disk, open_redis, piece_blocks
 from tierkv.config import Config
 from tierkv.cost import CostModel
+from tierkv.daemon.loans import Lent, Sought, Uses, Writing
 from tierkv.daemon.memory import digest
 from tierkv.daemon.protocol import LOANS, State
+from tierkv.daemon.relay import Relay, split
 from tierkv.daemon.slab import SharedSlab
 from tierkv.edges import Edges
 from tierkv.errors import ConfigError, RefusedError
 from tierkv.explain import Reason, from_index
-from tierkv.index import Copy, Lease
+from tierkv.index import Lease
 from tierkv.keys import KEY_BYTES, Key, Namespace, chain
 from tierkv.layout import TOKEN_BYTES, Layout
 from tierkv.metrics import Metrics
@@ -44,9 +42,6 @@ from tierkv.transfers import HOST, Below, Places, read_below
 from tierkv.values import hide_password
 
 DISK: Final = 2
-MAX_USES: Final = 256
-"""Requests of one client whose use is remembered until its blocks are written."""
-
 MIN_ORPHANS: Final = 1024
 """Unknown parents that are remembered before it is asked which of them the index still has."""
 MAX_NAMESPACES: Final = 4096
@@ -54,98 +49,7 @@ MAX_NAMESPACES: Final = 4096
 COUNT_EVERY_S: Final = 10.0
 """Counting blocks by namespace visits every strand: not more often than this."""
 
-Table = npt.NDArray[np.void]
 log = logging.getLogger("tierkv")
-
-
-class Uses(OrderedDict[bytes, Use]):
-    """What the latest requests of one client counted as, by the last key they know: its writes go on with that."""
-
-    def note(self, key: bytes, use: Use) -> None:
-        """A request's path ends at this key now."""
-        self[key] = use
-        if len(self) > MAX_USES:
-            self.popitem(last=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Sought:
-    """What a look-up found: leading blocks, of those after the first `before` of the path of tokens under `root`."""
-
-    found: int
-    root: Key
-    path: bytes
-    before: int
-
-
-@dataclass(slots=True, eq=False)
-class Lent:
-    """Blocks that somebody may read in place until they are given back. table: rows of LOANS, one per key.
-
-    lacking: stretches (position, lease, lo, hi) that are known and not in the slab.
-    """
-
-    leases: list[Lease]
-    table: Table
-    lacking: list[tuple[int, Lease, int, int]] = field(default_factory=list)
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that are lent."""
-        return int(np.count_nonzero(self.table["state"] == State.HERE))
-
-
-@dataclass(slots=True, eq=False)
-class Writing:
-    """Places that somebody fills. table: rows of LOANS; HERE: fill it.  first: position on the path of its first row."""
-
-    lease: Lease
-    copy: Copy | None
-    keys: list[Key]
-    first: int
-    table: Table
-
-    @property
-    def places(self) -> list[int]:
-        """The places to fill, in order."""
-        return self.copy.places if self.copy else []
-
-    @property
-    def filled_keys(self) -> list[Key]:
-        """The keys of these places."""
-        return [self.keys[block - self.first] for block in self.copy.blocks] if self.copy else []
-
-
-class _Tee:
-    """A listener of the index that passes on what it hears, and notes what goes while somebody wants to know.
-
-    namespaces: by root, as they become known. Another root stands for a block that nobody knows: a depth below it is too small.
-    """
-
-    def __init__(self, to: Listener, namespaces: Mapping[Key, Namespace]) -> None:
-        self._to, self._namespaces = to, namespaces
-        self._gone: set[Key] | None = None
-        self._thread = 0
-
-    def stored(self, tier: int, parent: Key, depth: int, keys: bytes, tokens: bytes) -> None:
-        """A tier holds these blocks."""
-        self._to.stored(tier, parent, depth or int(parent not in self._namespaces), keys, tokens)
-
-    def removed(self, tier: int, keys: bytes) -> None:
-        """A tier holds them no more."""
-        self._to.removed(tier, keys)
-        if self._gone is not None and get_ident() == self._thread:
-            self._gone.update(_split(keys))
-
-    @contextmanager
-    def capture(self) -> Iterator[set[Key]]:
-        """Note the keys that this thread lets go meanwhile; others may evict at the same time."""
-        gone = set[Key]()
-        self._gone, self._thread = gone, get_ident()
-        try:
-            yield gone
-        finally:
-            self._gone = None
 
 
 class NoDevice:
@@ -175,7 +79,7 @@ class Pool:
     ) -> None:
         self.namespaces: dict[Key, Namespace] = {}
         self._introduced: set[Key] = set()
-        self._listener = _Tee(listener, self.namespaces)
+        self._listener = Relay(listener, self.namespaces)
         self._counted_s, self._counts = -inf, dict[Key, int]()
         self.number, self.layout, self.metrics, self.clock = number, layout, metrics, clock
         self._mover, self._deadline_s = mover, config.transfer.load_deadline_s
@@ -303,7 +207,7 @@ class Pool:
 
         What they have is known from then on, so that `lend` can bring it.
         """
-        names = _split(keys)
+        names = split(keys)
         probe = self._mover.submit(PROBE_LANE, partial(self._probe, parent, names, tokens), blocks=1)
         found = await asyncio.wrap_future(probe) if probe else 0
         if found:
@@ -492,7 +396,7 @@ class Pool:
 
     async def delete(self, keys: bytes) -> dict[str, Any]:
         """Forget blocks in every tier; what is being read stays where it is until that is over."""
-        names = _split(keys)
+        names = split(keys)
         for _, lease in self.index.trace_all(keys):
             with lease:
                 for tier in (HOST, DISK)[: 1 + any(below.number == DISK for below in self.below)]:
@@ -565,7 +469,3 @@ class Pool:
         for below in self.below:
             below.tier.close()
         self.slab.close()
-
-
-def _split(keys: bytes) -> list[Key]:
-    return [Key(keys[at : at + KEY_BYTES]) for at in range(0, len(keys), KEY_BYTES)]

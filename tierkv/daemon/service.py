@@ -19,7 +19,8 @@ from tierkv.config import Config
 from tierkv.daemon import upkeep
 from tierkv.daemon.access import Tokens
 from tierkv.daemon.events import EventLog, batches, encode
-from tierkv.daemon.pool import Lent, Pool, Uses, Writing
+from tierkv.daemon.loans import Lent, Uses, Writing
+from tierkv.daemon.pool import Pool
 from tierkv.daemon.popular import MAX_PREFIXES, Popular
 from tierkv.daemon.protocol import Op, State
 from tierkv.errors import ConfigError, PinError, ProtocolError, RefusedError, TierError

@@ -18,7 +18,8 @@ import numpy as np
 from tierkv import __version__
 from tierkv.daemon.access import NEEDS, Peer, Role
 from tierkv.daemon.events import encode
-from tierkv.daemon.pool import Lent, Pool, Sought, Writing
+from tierkv.daemon.loans import Lent, Sought, Writing
+from tierkv.daemon.pool import Pool
 from tierkv.daemon.protocol import (
     LOANS,
     MAX_HEADER_BYTES,
