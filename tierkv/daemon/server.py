@@ -16,9 +16,9 @@ from tierkv.config import Config, ServerConfig, default_socket, notify_socket
 from tierkv.daemon.access import Tokens, peer_of
 from tierkv.daemon.events import HashForm, VllmEncoder
 from tierkv.daemon.http import HttpServer
+from tierkv.daemon.operations import Operations
 from tierkv.daemon.protocol import Incoming
 from tierkv.daemon.service import TICK_S, Service
-from tierkv.daemon.session import Session
 from tierkv.daemon.sockets import is_loopback, listen, server_context, tune
 from tierkv.daemon.stream import Stream
 from tierkv.errors import ConfigError, TierKVError
@@ -190,7 +190,7 @@ class Server:
                 log.debug("daemon: a connection ended as it began: %s", error)
                 sock.close()
                 continue
-            session = Session(self.service, peer)
+            session = Operations(self.service, peer)
             stream = Stream(self._loop, sock, Incoming(), session.receive, session.end)
             self._streams = {one for one in self._streams if not one.closed} | {stream}
             session.start(stream)
