@@ -52,7 +52,7 @@ class Held:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """The server's side of a connection. number: among the connections of its client; mapped: it was given shared memory."""
+    """The server's side of a connection. number: among the connections of its client."""
 
     handlers: ClassVar["Mapping[Op, Handler]"] = {}
     """What each operation does: fields of its answer, a coroutine of them, or None; see operations.py."""
@@ -64,7 +64,6 @@ class Session:
     role: Role | None = None
     token: str = ""
     number: int = 0
-    mapped: bool = False
     wants_memory: bool = False
     held: dict[int, Held] = field(default_factory=dict)
     _own: dict[int, Held] = field(default_factory=dict)  # what the daemon itself is at: the client cannot give it back
