@@ -1,5 +1,6 @@
 """The daemon as a tier: the contract of tiers over every transport, and what is particular to a pool that many share."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.daemon_parts import NAMESPACE, ROOT, RunningDaemon, config_of, running
+from tests.daemon_parts import NAMESPACE, PATIENCE_S, ROOT, RunningDaemon, config_of, running
 from tierkv.daemon.blocks import Blocks
 from tierkv.errors import ConfigError, LayoutError, TierError
 from tierkv.keys import Key, Namespace
@@ -229,6 +230,26 @@ def test_blocks_that_only_the_disk_holds_are_lifted(tmp_path: Path) -> None:
             tier.close()
             daemon.until(daemon.at_rest, "the loads have ended")
             daemon.pool.index.evict(HOST, 30)
+
+
+def test_what_is_being_lifted_for_one_is_lent_to_others_too(tmp_path: Path) -> None:
+    run = make_run(30, seed=1)
+    with running(tmp_path, disk="16MiB") as daemon, daemon.blocks() as blocks:
+        blocks.write(run, blocks_of(run))
+        blocks.client.flush()
+        daemon.pool.index.evict(HOST)
+
+        async def both() -> list[int]:
+            pool, keys = daemon.pool, b"".join(run.keys)
+            lent = [pool.lend(keys), pool.lend(keys), pool.lend(keys[: 32 * 5])]
+            await asyncio.gather(*[pool.lift(one, PATIENCE_S) for one in lent])
+            for one in lent:
+                pool.give_back(one)
+            return [one.num_blocks for one in lent]
+
+        assert daemon._loop
+        assert asyncio.run_coroutine_threadsafe(both(), daemon._loop).result(PATIENCE_S) == [30, 30, 5]
+        assert daemon.service.metrics.blocks_loaded.value("disk") == 30
 
 
 def test_a_block_damaged_on_disk_is_a_miss(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ class Pool:
     ) -> None:
         self.namespaces: dict[Key, Namespace] = {}
         self._introduced: set[Key] = set()
+        self._lifts: set[asyncio.Future[None]] = set()
         self._listener = Relay(listener, self.namespaces)
         self._counted_s, self._counts = -inf, dict[Key, int]()
         self.number, self.layout, self.metrics, self.clock = number, layout, metrics, clock
@@ -262,28 +263,36 @@ class Pool:
         return held
 
     async def lift(self, lent: Lent, deadline_s: float) -> None:
-        """Bring to the slab what lies lower, and lend that, too. What is late is not lent; it comes all the same."""
+        """Bring to the slab what lies lower, and lend that, too. What is late is not lent; it comes all the same.
+
+        What is on its way for somebody else is waited for: its places are taken, and it is not brought twice.
+        """
         deadline = self.clock() + min(deadline_s, self._deadline_s)
         lacking, lent.lacking = lent.lacking, []
-        jobs = []
-        for position, lease, lo, hi in lacking:
-            own = lease.fork()
-            job = self._mover.submit(LOAD_LANE, partial(self._lift, own, lo, hi, deadline), blocks=hi - lo)
+        others, own = list(self._lifts), []
+        for _, lease, lo, hi in lacking:
+            path = lease.fork()
+            job = self._mover.submit(LOAD_LANE, partial(self._lift, path, lo, hi, deadline), blocks=hi - lo)
             if job is None:
-                own.release()
-            else:
-                jobs.append((position, lease, asyncio.ensure_future(asyncio.wrap_future(job))))
-        if jobs:
-            await asyncio.wait([job for *_, job in jobs], timeout=max(0.0, deadline - self.clock()))
-        for position, lease, lifted in jobs:
-            self._fill(lent, position, lease)
-            if not lifted.done():
-                rows = lent.table[position : position + lease.num_blocks - lease.lo]
-                rows["state"][rows["state"] == State.ABSENT] = State.LATE
+                path.release()
+                continue
+            lift = asyncio.wrap_future(job)
+            self._lifts.add(lift)
+            lift.add_done_callback(self._lifts.discard)
+            own.append(lift)
+        late = False
+        for lifts in (own, others):
+            if lifts and any(lent.table["state"] != State.HERE):
+                _, waiting = await asyncio.wait(lifts, timeout=max(0.0, deadline - self.clock()))
+                late = late or bool(waiting)
+                for position, lease, _, _ in lacking:
+                    self._fill(lent, position, lease)
         for position, lease, _, _ in lacking:
-            missing = int((lent.table["state"][position : position + lease.num_blocks - lease.lo] != State.HERE).sum())
-            if missing:
-                self.metrics.misses.add(missing, "host", Miss.ABSENT)
+            state = lent.table["state"][position : position + lease.num_blocks - lease.lo]
+            if late:
+                state[state == State.ABSENT] = State.LATE
+            if missing := int(np.count_nonzero(state != State.HERE)):
+                self.metrics.misses.add(missing, "host", Miss.LATE if late else Miss.ABSENT)
 
     def _lift(self, lease: Lease, lo: int, hi: int, deadline: float) -> None:
         """Copy those blocks [lo, hi) up that the slab lacks and a tier below has."""
