@@ -91,11 +91,11 @@ class Party(ABC):
 
     def contains(self, keys: Sequence[bytes]) -> Sequence[object]:
         """Ask for keys that are all held; true values, one per key."""
-        raise NotImplementedError
+        raise NotImplementedError  # of a party that does not list it in `does`, and is not asked
 
     def ping(self) -> None:
         """Do the smallest round trip there is between user and owner."""
-        raise NotImplementedError
+        raise NotImplementedError  # of a party that does not list it in `does`, and is not asked
 
     @abstractmethod
     def close(self) -> None:
