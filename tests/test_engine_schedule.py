@@ -1,16 +1,19 @@
 """Whatever happens around a request, its greedy tokens are those it would get alone, and no page is lost."""
 
+from dataclasses import replace
 from functools import cache
 from random import Random
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.engine_models import generate, random_prompts, tiny_model
 from tests.engine_store import Manners, MemoryConnector, connect
 from tierkv.engine import Engine, EngineConfig, PrivatePages, SamplingParams
+from tierkv.engine.scheduler import Work
 
 BLOCK, NUM_PAGES, NUM_TOKENS = 4, 13, 9
 BASE, *TAILS = random_prompts([24, 1, 2, 7, 11])
@@ -83,6 +86,74 @@ class Play:
             self.got[output.request] += output.token_ids
             if output.stats is not None:
                 assert tuple(self.got[output.request]) == alone(*self.live.pop(output.request))
+
+
+CHUNKED = replace(CONFIG, chunk_tokens=4)
+
+
+@given(operations=OPERATIONS, manners=MANNERS)
+@STEADY
+def test_any_schedule_in_whole_chunks(operations: list[tuple[str, int, int]], manners: Manners) -> None:
+    made: list[MemoryConnector] = []
+    with Engine(MODEL, None, CHUNKED, connector=connect(made, num_pages=NUM_PAGES, manners=manners)) as engine:
+        Play(engine).run(operations)
+    assert (made[0].num_private, made[0].num_pinned, made[0].tails) == (0, 0, {})
+
+
+def test_chunks_end_at_multiples_whatever_else_runs() -> None:
+    prompts = [BASE + TAILS[3], BASE[:5], BASE[:9] + TAILS[2]]
+
+    def chunks(*, alone: bool) -> list[tuple[int, int]]:
+        seen: list[tuple[int, int]] = []
+        with Engine(MODEL, None, replace(CHUNKED, num_pages=40)) as engine:
+            run = engine._core._runner.run
+
+            def note(work: list[Work]) -> torch.Tensor:
+                seen.extend(
+                    (item.sequence.num_computed, item.num_tokens)
+                    for item in work
+                    if item.sequence.request.id == "first"
+                )
+                return run(work)
+
+            engine._core._runner.run = note  # type: ignore[method-assign]
+            engine.add(prompts[0], SamplingParams(max_tokens=1), request_id="first")
+            for prompt in () if alone else prompts[1:]:
+                engine.add(prompt, GREEDY)
+            while engine.has_work:
+                engine.step()
+        return seen
+
+    length = len(prompts[0])
+    expected = [(at, min(4, length - at)) for at in range(0, length, 4)]
+    assert chunks(alone=True) == chunks(alone=False) == expected
+
+
+def test_a_request_reuses_no_more_than_it_is_allowed_to() -> None:
+    made: list[MemoryConnector] = []
+    with Engine(MODEL, None, CHUNKED, connector=connect(made, num_pages=NUM_PAGES)) as engine:
+        engine.generate([BASE], SamplingParams(max_tokens=1))
+        for allowed, reused in ((0, 0), (8, 8), (10, 10), (None, 23)):
+            before = dict(engine.stats.sources)
+            engine.add(BASE, SamplingParams(max_tokens=1), reuse_tokens=allowed)
+            while engine.has_work:
+                engine.step()
+            assert engine.stats.sources["computed"] - before["computed"] == len(BASE) - reused
+
+
+def test_a_request_that_may_reuse_little_goes_on_where_it_was_suspended() -> None:
+    made: list[MemoryConnector] = []
+    with Engine(MODEL, None, CHUNKED, connector=connect(made, num_pages=NUM_PAGES)) as engine:
+        cases = [(shared, tail) for shared in (3, 9, 14) for tail in (0, 2)]
+        names = {engine.add(prompt_of(*case), GREEDY, reuse_tokens=0): case for case in cases}
+        got: dict[str, tuple[int, ...]] = dict.fromkeys(names, ())
+        preempted = 0
+        while engine.has_work:
+            for output in engine.step():
+                got[output.request] += output.token_ids
+                preempted += output.stats.preemptions if output.stats else 0
+        assert got == {name: alone(*case) for name, case in names.items()}
+        assert preempted > 0
 
 
 @given(operations=OPERATIONS)

@@ -4,13 +4,15 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tierkv.building import below_of, make_index, make_mover, observe, open_daemon, open_disk, open_redis, piece_blocks
 from tierkv.config import CPU_PAGES, Config, cache_folder
 from tierkv.errors import ConfigError
+from tierkv.facts import ModelFacts
 from tierkv.keys import Key, Namespace
 from tierkv.layout import Layout
 from tierkv.metrics import Metrics
@@ -19,7 +21,7 @@ from tierkv.values import hide_password
 if TYPE_CHECKING:
     import torch
 
-    from tierkv.engine import Engine
+    from tierkv.engine import Engine, EngineConfig
     from tierkv.index import Index
     from tierkv.lookups import Lookups
     from tierkv.mover import Clock, Mover
@@ -41,12 +43,14 @@ def open_store(
     metrics: Metrics | None = None,
     clock: "Clock" = time.monotonic,
     pool_bytes: int | None = None,
+    facts: ModelFacts | None = None,
 ) -> "Store":
     """Open all tiers that `config` names, for blocks of one model.
 
     model: the identity of the weights, part of every key.  metrics: where to count; its own when None.
     pool_bytes: of pages, where device.capacity is off; a GPU needs one of the two, for what is free there is the engine's to say.
-    Raises ConfigError or TierError; nothing stays open then.
+    facts: of the model, so that a pack that was made for another can be told what differs.
+    Raises ConfigError, TierError or PackError; nothing stays open then.
     """
     import torch
 
@@ -130,48 +134,77 @@ def open_store(
     return store
 
 
-@contextmanager
-def open_engine(name: "str | Path", config: Config | None = None) -> "Iterator[tuple[Engine, Store]]":
-    """Load a model into the bundled engine, over a store with all tiers that `config` names.
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model and its tokenizer as `load_model` brings them, and the options that it was loaded with."""
 
-    name: "smollm2", a .gguf file, a transformers folder, or a name in the local hub cache.
-    At the end what was computed is copied down, and all is closed. Raises ModelError, ConfigError or TierError.
-    """
+    name: str
+    weights: Any
+    tokenizer: Any
+    config: "EngineConfig"
+
+
+def load_model(name: "str | Path", config: Config) -> LoadedModel:
+    """Load a model as `config` wants it, without a store. Raises ModelError or ConfigError."""
     import torch
 
-    from tierkv.connectors.engine import EngineConnector
-    from tierkv.engine import Engine, EngineConfig, loading, memory
+    from tierkv.engine import EngineConfig, loading
 
-    config = config or Config()
-    options, kind, metrics = config.engine, config.device.kind, Metrics()
+    options, kind = config.engine, config.device.kind
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
+    engine_config = EngineConfig(
+        dtype=options.dtype,
+        device=kind,
+        block_tokens=config.store.block_tokens,
+        max_batch_tokens=options.max_batch_tokens,
+        chunk_tokens=options.chunk_tokens,
+        max_sequences=options.max_sequences,
+        max_context=options.max_context,
+        seed=options.seed,
+        num_threads=options.num_threads,
+        gpu_memory_utilization=config.device.gpu_memory_utilization,
+        cuda_graphs=options.cuda_graphs,
+    )
+    loading.check_device(engine_config)
+    weights, tokenizer = loading.load(name, engine_config)
+    return LoadedModel(str(name), weights, tokenizer, engine_config)
+
+
+@contextmanager
+def open_engine(model: "str | Path | LoadedModel", config: Config | None = None) -> "Iterator[tuple[Engine, Store]]":
+    """Load a model into the bundled engine, over a store with all tiers that `config` names.
+
+    model: "smollm2", a .gguf file, a transformers folder, a name in the local hub cache, or one that is loaded.
+    At the end what was computed is copied down, and all is closed. Raises ModelError, ConfigError, TierError or PackError.
+    """
+    from tierkv.connectors.engine import EngineConnector
+    from tierkv.engine import Engine, memory
+    from tierkv.engine.facts import facts_of
+
+    config, metrics = config or Config(), Metrics()
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, config)
+    weights, tokenizer, engine_config = loaded.weights, loaded.tokenizer, loaded.config
     with ExitStack() as opened:
         stores: list[Store] = []
 
-        def connect(layout: Layout, device: "torch.device", model: str) -> EngineConnector:
+        def connect(layout: Layout, device: "torch.device", identity: str) -> EngineConnector:
             left = None
             if device.type == "cuda" and config.device.capacity is None:
                 left = memory.pool_bytes(weights, layout, device, engine_config)
-            store = open_store(config, layout=layout, model=model, device=device, metrics=metrics, pool_bytes=left)
+            store = open_store(
+                config,
+                layout=layout,
+                model=identity,
+                device=device,
+                metrics=metrics,
+                pool_bytes=left,
+                facts=facts_of(weights, tokenizer, identity=identity),
+            )
             opened.callback(store.close)
             stores.append(store)
             return EngineConnector(store)
 
-        engine_config = EngineConfig(
-            dtype=options.dtype,
-            device=kind,
-            block_tokens=config.store.block_tokens,
-            max_batch_tokens=options.max_batch_tokens,
-            max_sequences=options.max_sequences,
-            max_context=options.max_context,
-            seed=options.seed,
-            num_threads=options.num_threads,
-            gpu_memory_utilization=config.device.gpu_memory_utilization,
-            cuda_graphs=options.cuda_graphs,
-        )
-        loading.check_device(engine_config)
-        weights, tokenizer = loading.load(name, engine_config)
         engine = Engine(weights, tokenizer, engine_config, connector=connect, metrics=metrics)
         opened.enter_context(engine)
         yield engine, stores[0]

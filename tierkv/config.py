@@ -232,6 +232,12 @@ class EngineConfig(_Section):
     model: Annotated[str | None, optional(NAME), "folder, GGUF file, or smollm2, if not given otherwise"] = None
     dtype: Annotated[str, choice("auto", *DTYPES), "of weights and KV; auto: the model's"] = "auto"
     max_batch_tokens: Annotated[int, integer(1), "tokens computed in one step"] = 512
+    chunk_tokens: Annotated[
+        int | None,
+        optional(integer(1)),
+        "prompts are computed in chunks that end at multiples of this, so that what else runs does not change their KV; "
+        "off: as much as fits",
+    ] = None
     max_sequences: Annotated[int, integer(1), "sequences in one step"] = 32
     max_context: Annotated[int | None, optional(integer(2)), "tokens of prompt and answer; off: the model's own"] = None
     num_threads: Annotated[int | None, optional(integer(1)), "CPU threads of the model; off: torch's choice"] = None

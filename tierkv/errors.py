@@ -68,3 +68,11 @@ class ModelError(TierKVError):
 
 class TraceError(TierKVError):
     """A request trace that cannot be read: `file:line`, what is there, what was expected."""
+
+
+class InputError(TierKVError):
+    """An input of `tierkv warm` or `tierkv pack build` that cannot be used: where, what is there, what was expected."""
+
+
+class PackError(TierKVError):
+    """A pack that cannot be read, written, shipped or trusted: which one, what is wrong with it, what to do."""

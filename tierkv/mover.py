@@ -138,6 +138,15 @@ class Mover:
         """Nothing waits in the lane, and nothing of it is under way. A hint: a job may come any moment."""
         return not self._lanes[lane_name].futures
 
+    @property
+    def num_queued(self) -> int:
+        """Blocks of the lane that has most to do: waiting, and under way."""
+        return max(lane.blocks for lane in self._lanes.values())
+
+    def room(self, lane_name: str) -> int:
+        """Blocks that may wait in a lane."""
+        return self._lanes[lane_name].spec.max_blocks
+
     def _finished(self, lane: _Lane, future: "Future[T]", blocks: int) -> None:
         with self._lock:
             lane.blocks -= blocks

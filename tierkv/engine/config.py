@@ -20,6 +20,8 @@ class EngineConfig:
     on a GPU what is left of gpu_memory_utilization, a part of the card that all its processes may use together.
     max_batch_tokens: tokens computed per step, prefill chunks included.  max_sequences: sequences running at a time.
     max_context: prompt and output of one request; the model's own limit when None.  seed: of requests that name none.
+    chunk_tokens: a prompt is computed in chunks that end at multiples of so many tokens, each whole or not at all in a step, so that its
+    KV does not depend on what else the step computes; None: as much as fits.
     num_threads: of torch, for the whole process; None leaves it.  cuda_graphs: "auto" records decode steps on a GPU, "off" never.
     """
 
@@ -29,6 +31,7 @@ class EngineConfig:
     pool_bytes: int | None = None
     block_tokens: int = 16
     max_batch_tokens: int = 512
+    chunk_tokens: int | None = None
     max_sequences: int = 64
     max_context: int | None = None
     seed: int = 0
@@ -46,7 +49,7 @@ class EngineConfig:
             raise ConfigError("engine num_pages and pool_bytes are both given: they size the same pool, give one")
         for name in ("block_tokens", "max_batch_tokens", "max_sequences"):
             _require(name, getattr(self, name), _at_least_one)
-        for name in ("num_pages", "pool_bytes", "max_context", "num_threads"):
+        for name in ("num_pages", "pool_bytes", "max_context", "num_threads", "chunk_tokens"):
             if getattr(self, name) is not None:
                 _require(name, getattr(self, name), _at_least_one)
         if self.num_threads is not None and self.num_threads > MAX_THREADS:
@@ -64,6 +67,20 @@ class EngineConfig:
             raise ConfigError(
                 f"engine max_batch_tokens={self.max_batch_tokens}: must be at least max_sequences={self.max_sequences}, "
                 "since every running sequence decodes one token per step"
+            )
+        self._check_chunks()
+
+    def _check_chunks(self) -> None:
+        if self.chunk_tokens is None:
+            return
+        if self.chunk_tokens % self.block_tokens:
+            raise ConfigError(
+                f"engine chunk_tokens={self.chunk_tokens}: must be a multiple of block_tokens={self.block_tokens}"
+            )
+        if self.chunk_tokens + self.max_sequences - 1 > self.max_batch_tokens:
+            raise ConfigError(
+                f"engine chunk_tokens={self.chunk_tokens}: a step of max_batch_tokens={self.max_batch_tokens} must have room for "
+                f"a chunk beside max_sequences={self.max_sequences} sequences but one that decode; lower it or raise max_batch_tokens"
             )
 
 

@@ -58,6 +58,7 @@ class Core:
             max_batch_tokens=config.max_batch_tokens,
             max_sequences=config.max_sequences,
             copy_page=lambda source, target: copy_pages(connector.pool, [source], [target]),
+            chunk_tokens=config.chunk_tokens,
         )
         self._arrivals = count()
         self._pause = threading.Event()  # never set: an interruptible wait

@@ -138,12 +138,14 @@ class Engine:
         request_id: str | None = None,
         hints: Hints = NO_HINTS,
         await_prefix_s: float | None = None,
+        reuse_tokens: int | None = None,
     ) -> str:
         """Queue a prompt, text or token ids; `step` brings its output. Raises RequestError if it can never be served.
 
         hints: what the caller knows of it that its tokens do not show; they change what is forgotten first, no token.
         await_prefix_s: another engine is computing this prompt: its KV is waited for so many seconds at most. What has not come
         by then is computed here.
+        reuse_tokens: of what is held of this prompt, take so many leading tokens at most and compute the rest anew; None: all.
         """
         params = params or SamplingParams()
         tokens = self._tokens(prompt)
@@ -153,7 +155,7 @@ class Engine:
         limit = min(len(tokens) + params.max_tokens, self.max_context, self._pool_tokens)
         request = self._requests[name] = Request(name, params, len(tokens), seed, limit, self._clock(), hints)
         text = TextStream(self.tokenizer, params.stop_strings, skip_special_tokens=params.skip_special_tokens)
-        sequence = Sequence(name, request, 0, 0, tokens, text)
+        sequence = Sequence(name, request, 0, 0, tokens, text, reuse=reuse_tokens)
         self._core.start(request, sequence)
         if await_prefix_s is not None:
             self.connector.await_prefix(sequence.id, tokens[:-1].tobytes(), deadline_s=await_prefix_s)

@@ -140,12 +140,16 @@ def eos_tokens(model: Model, tokenizer: Tokenizer | None) -> frozenset[int]:
     return frozenset()
 
 
+def kv_settings(model: Model) -> dict[str, Any]:  # Any: values of a transformers config
+    """The settings of a model that may change what KV a token gets."""
+    text = model.config.get_text_config().to_dict()
+    return {name: text[name] for name in sorted(text) if name not in _IRRELEVANT}
+
+
 def identity(model: Model) -> str:
     """Digest of all that decides a token's KV: every parameter's bytes, and the config but for what cannot matter."""
     digest = xxhash.xxh3_128()
-    text = model.config.get_text_config().to_dict()
-    kept = {name: text[name] for name in sorted(text) if name not in _IRRELEVANT}
-    digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    digest.update(json.dumps(kv_settings(model), sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         data = parameter.detach().cpu().contiguous().reshape(-1)

@@ -31,7 +31,7 @@ def _rank(sequence: Sequence) -> int:
 class Scheduler:
     """Queues of one engine. One thread.
 
-    copy_page: copies a page over another before anything else is written to either.
+    copy_page: copies a page over another before anything else is written to either.  chunk_tokens: as in `EngineConfig`.
     """
 
     def __init__(
@@ -42,8 +42,9 @@ class Scheduler:
         max_batch_tokens: int,
         max_sequences: int,
         copy_page: Callable[[int, int], None],
+        chunk_tokens: int | None = None,
     ) -> None:
-        self._connector, self._copy_page = connector, copy_page
+        self._connector, self._copy_page, self._chunk_tokens = connector, copy_page, chunk_tokens
         self._block_tokens, self._max_batch_tokens, self._max_sequences = block_tokens, max_batch_tokens, max_sequences
         self.ledger = PageLedger(connector)
         self._waiting: list[Sequence] = []
@@ -83,9 +84,18 @@ class Scheduler:
 
     def _plan(self, sequence: Sequence, work: dict[Sequence, int]) -> None:
         """Put as much of a sequence into `work` as budget and pages allow; may push out younger ones."""
-        num_tokens = min(sequence.num_missing, self._max_batch_tokens - sum(work.values()))
+        num_tokens, left = self._chunk(sequence), self._max_batch_tokens - sum(work.values())
+        if num_tokens > left and self._chunk_tokens is not None:
+            return
+        num_tokens = min(num_tokens, left)
         if num_tokens > 0 and self._ensure(sequence, num_tokens, work):
             work[sequence] = num_tokens
+
+    def _chunk(self, sequence: Sequence) -> int:
+        """Tokens that a sequence computes next, given room."""
+        if self._chunk_tokens is None:
+            return sequence.num_missing
+        return min(sequence.num_missing, self._chunk_tokens - sequence.num_computed % self._chunk_tokens)
 
     # -- pages ------------------------------------------------------------------------------------------------------
 
@@ -187,7 +197,7 @@ class Scheduler:
                 if not (self._running or self._loading or self._unpin_waiting(but=sequence) or self._moving):
                     self._cut_hit(sequence)
                 return
-            budget -= sequence.num_missing if sequence.state is State.RUNNING else 0
+            budget -= self._chunk(sequence) if sequence.state is State.RUNNING else 0
 
     def _match(self, sequence: Sequence) -> None:
         tokens = self._cut[1] if self._cut and self._cut[0] is sequence else _reusable(sequence)
@@ -273,6 +283,8 @@ class Scheduler:
         self._admits = False
         sequence.request.preemptions += 1
         sequence.state = State.SUSPENDED
+        if sequence.reuse is not None:
+            sequence.reuse = max(sequence.reuse, sequence.num_computed)
         last, offset = divmod(sequence.num_computed, self._block_tokens)
         tail = sequence.pages[last] if offset and sequence.pages[last] in self.ledger else None
         # The store's pages may be somebody else's the moment it is told: keep only what is ours to drop.
@@ -336,8 +348,9 @@ class Scheduler:
 
 
 def _reusable(sequence: Sequence) -> bytes:
-    """Tokens whose KV may be reused: without the last, which is computed to sample the next."""
-    return sequence.tokens[:-1].tobytes()
+    """Tokens whose KV may be reused: never the last, which is computed to sample the next."""
+    most = len(sequence.tokens) - 1
+    return sequence.tokens[: most if sequence.reuse is None else min(most, sequence.reuse)].tobytes()
 
 
 def _outcome(load: "Future[int]") -> int:

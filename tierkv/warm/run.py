@@ -1,0 +1,198 @@
+"""Computes what a plan lists and sees it into tiers at rest. It may end at any moment: what is there is not computed again.
+
+    ask the tiers ─▶ pieces that lack blocks ─▶ requests of one token ─▶ saves, as chunks are computed ─▶ ask the tiers again
+
+Chunks end at fixed places of a path (`EngineConfig.chunk_tokens`), and a piece that was broken off goes on from such a place. So
+it does not matter where a run was interrupted: the blocks are those of an uninterrupted one, to the last bit wherever rows of a
+matrix product do not depend on how many there are. That is so on the CPUs it was tried on (README, "Warming").
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING, Final
+
+from tierkv.errors import TierError
+from tierkv.keys import Key
+from tierkv.warm.plan import Plan
+
+if TYPE_CHECKING:
+    from tierkv.engine import Engine
+    from tierkv.store import Store
+    from tierkv.transfers import Below
+
+CHUNK_TOKENS: Final = 256
+"""A multiple of every usual block; as fast as chunks of 512 on a CPU (2-core AMD EPYC VM, 2026-11-30)."""
+ASKED_AT_ONCE: Final = 8192
+ROUNDS: Final = 3
+"""How often pieces are computed whose blocks did not come to rest: a queue was full, a tier away for a while."""
+STEPS_AHEAD: Final = 3
+"""Requests are given to the engine for so many full steps: enough to fill each, and little is lost at an interruption."""
+_PAUSE_S: Final = 0.05
+
+
+@dataclass(slots=True)
+class Warmed:
+    """What became of a plan. held_tokens: were there already.  computed_tokens: by the model, whatever became of them.
+
+    seconds: of computing and saving.  kept: blocks of the plan at rest in the end, by tier.
+    """
+
+    held_tokens: int = 0
+    computed_tokens: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+    kept: dict[str, int] = field(default_factory=dict)
+
+
+class Presence:
+    """Which blocks of a plan lie in which tier at rest."""
+
+    def __init__(self, plan: Plan, keys: Sequence[Sequence[Key]], tiers: "Sequence[Below]", store: "Store") -> None:
+        self._plan, self._keys, self._tiers, self._store = plan, keys, tiers, store
+        self.held: dict[str, set[Key]] = {}
+        self._wanted = [
+            keys[piece.document][number] for piece in plan.pieces for number in plan.blocks(piece)
+        ]  # each once: pieces are parts of a tree
+
+    def ask(self) -> None:
+        """Look again. Raises TierError when a tier does not answer."""
+        for below in self._tiers:
+            held: set[Key] = set()
+            for at in range(0, len(self._wanted), ASKED_AT_ONCE):
+                keys = self._wanted[at : at + ASKED_AT_ONCE]
+                call = partial(below.tier.contains, keys)
+                there = below.attempt(call, count=len(keys), failures=self._store.metrics.misses)
+                if there is None:
+                    raise TierError(f"{below.name} ({below.place}) does not answer: see that it runs, and start again")
+                held.update(key for key, is_there in zip(keys, there, strict=True) if is_there)
+            self.held[below.name] = held
+
+    def lacks(self, number: int) -> bool:
+        """Whether some tier lacks a block of a piece."""
+        piece = self._plan.pieces[number]
+        keys = self._keys[piece.document]
+        return any(keys[at] not in held for held in self.held.values() for at in self._plan.blocks(piece))
+
+    def leading(self, document: int) -> int:
+        """Tokens from the first on of which every block lies in some tier."""
+        keys = self._keys[document]
+        count = next(
+            (at for at, key in enumerate(keys) if not any(key in held for held in self.held.values())), len(keys)
+        )
+        return count * self._plan.block_tokens
+
+
+class Warmer:
+    """One run over a plan. into: the tiers at rest that shall have all of it.
+
+    progress: told of tokens that need no more work, those first that were there.  clock: seconds.
+    """
+
+    def __init__(
+        self,
+        engine: "Engine",
+        store: "Store",
+        plan: Plan,
+        *,
+        into: "Sequence[Below]",
+        progress: Callable[[int], None],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._engine, self._store, self._plan, self._progress, self._clock = engine, store, plan, progress, clock
+        self._presence = Presence(plan, plan.keys(store.root), into, store)
+        self._into = into
+        self._chunk = engine.config.chunk_tokens or CHUNK_TOKENS
+        # What is queued to be saved pins its pages and its places in the host: leave most of both to what computes.
+        rooms = [store.index.room(tier)[1] for tier in range(2)]
+        self._most_queued = max(1, min(*rooms, store.mover.room("save")) // 4)
+
+    def run(self) -> Warmed:
+        """Compute what is lacking, and wait until it is at rest. KeyboardInterrupt ends it early, and in good order.
+
+        Raises TierError when a tier does not answer, or does not keep what it is given.
+        """
+        done = Warmed()
+        self._presence.ask()
+        pieces = range(len(self._plan.pieces))
+        lacking = [number for number in pieces if self._presence.lacks(number)]
+        done.held_tokens = sum(self._plan.pieces[number].num_tokens for number in set(pieces) - set(lacking))
+        done.held_tokens += sum(self._reusable(number) - self._plan.pieces[number].start for number in lacking)
+        self._progress(done.held_tokens)
+        before, began = self._engine.stats.tokens, self._clock()
+        try:
+            for attempt in range(ROUNDS):
+                self._compute(lacking, again=attempt > 0)
+                self._settle()
+                self._presence.ask()
+                lacking = [number for number in lacking if self._presence.lacks(number)]
+                if not lacking:
+                    break
+                self._store.evict_device()  # what lies there is not offered to the tiers below a second time
+        except KeyboardInterrupt:
+            done.interrupted = True
+            self._settle()
+            self._presence.ask()
+        done.computed_tokens = self._engine.stats.tokens - before
+        done.seconds = self._clock() - began
+        done.kept = {name: len(held) for name, held in self._presence.held.items()}
+        return done
+
+    def _compute(self, lacking: Sequence[int], *, again: bool) -> None:
+        """Run pieces, each once the one that it waits for has run. again: whatever is known of them may be reused."""
+        from tierkv.engine import SamplingParams
+
+        one = SamplingParams(max_tokens=1, ignore_eos=True)
+        waiting: dict[int, list[int]] = {}
+        ready: list[int] = []
+        wanted = set(lacking)
+        for number in lacking:
+            after = self._plan.pieces[number].after
+            if after in wanted:
+                waiting.setdefault(after, []).append(number)
+            else:
+                heappush(ready, number)
+        running: dict[str, int] = {}
+        try:
+            while ready or running:
+                ahead = sum(self._plan.pieces[number].num_tokens for number in running.values())
+                while ready and ahead < STEPS_AHEAD * self._engine.config.max_batch_tokens:
+                    number = heappop(ready)
+                    piece = self._plan.pieces[number]
+                    reuse = None if again else self._reusable(number)
+                    tokens = self._plan.path(piece)
+                    running[self._engine.add(tokens_of(tokens), one, reuse_tokens=reuse)] = number
+                    ahead += piece.num_tokens
+                before = self._engine.stats.tokens
+                outputs = self._engine.step()
+                if not again:
+                    self._progress(self._engine.stats.tokens - before)
+                for output in outputs:
+                    if output.stats is not None:
+                        for follower in waiting.pop(running.pop(output.request), ()):
+                            heappush(ready, follower)
+                while self._store.mover.num_queued > self._most_queued:
+                    self._store.flush(_PAUSE_S)
+        finally:
+            for request in running:
+                self._engine.abort(request)
+
+    def _reusable(self, number: int) -> int:
+        """Tokens that a piece takes from the store: up to where it begins, or to the last fixed place that was reached."""
+        piece = self._plan.pieces[number]
+        leading = self._presence.leading(piece.document)
+        if leading >= piece.end:
+            return piece.end - 1  # one tier has all of it, another not: only the last token is computed
+        return max(piece.start, leading // self._chunk * self._chunk)
+
+    def _settle(self) -> None:
+        """Wait until what was computed is at rest."""
+        while not self._store.flush(_PAUSE_S):
+            pass
+
+
+def tokens_of(path: bytes) -> memoryview:
+    """A path as the engine takes it: int32."""
+    return memoryview(path).cast("i")
