@@ -20,11 +20,11 @@ from tierkv.metrics import Metrics
 from tierkv.testing import SMALL, TierContract, block_of, blocks_of, make_run, read_blocks
 from tierkv.tiers.base import Miss, Run, Tier
 from tierkv.tiers.disk import DiskTier
-from tierkv.tiers.disk_array import ALIGNMENT, SHARD_SLOTS, folder_bytes_for, stride_of
+from tierkv.tiers.disk_array import SHARD_SLOTS, folder_bytes_for
 from tierkv.tiers.disk_files import Files
 from tierkv.tiers.disk_inspect import folder_bytes, inspect_folder
 from tierkv.tiers.disk_manifest import NAME, read_rows
-from tierkv.tiers.disk_shards import crc32c
+from tierkv.zarr_shards import ALIGNMENT, crc32c, stride_of
 
 EVEN = Layout(num_layers=2, num_kv_heads=2, head_dim=32, dtype="float32")  # 16 KiB: no padding, no bounce buffer
 
@@ -51,7 +51,7 @@ def shard_path(folder: Path, slot: int) -> Path:
 def flip(folder: Path, key: Key, layout: Layout = SMALL) -> None:
     slot = slot_of(folder, key)
     with shard_path(folder, slot).open("r+b") as file:
-        at = slot % SHARD_SLOTS * stride_of(layout) + layout.block_bytes // 2
+        at = slot % SHARD_SLOTS * stride_of(layout.block_bytes) + layout.block_bytes // 2
         file.seek(at)
         byte = file.read(1)[0]
         file.seek(at)

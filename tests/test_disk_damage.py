@@ -19,10 +19,10 @@ from tierkv.metrics import Metrics
 from tierkv.testing import block_of, blocks_of, make_run, read_blocks
 from tierkv.tiers.base import Miss
 from tierkv.tiers.disk import FULL_PAUSE_S, DiskTier
-from tierkv.tiers.disk_array import stride_of
 from tierkv.tiers.disk_files import Files
 from tierkv.tiers.disk_inspect import folder_bytes
 from tierkv.tiers.disk_manifest import NAME, guard_of
+from tierkv.zarr_shards import stride_of
 
 RUN = make_run(150, seed=1)  # three shards
 
@@ -64,7 +64,7 @@ def test_deleted_shard_under_an_open_tier_is_a_miss(tier: DiskTier, metrics: Met
 
 
 def test_truncated_shard_under_an_open_tier_is_a_miss(tier: DiskTier, metrics: Metrics) -> None:
-    os.truncate(shard_path(tier.path, 0), 10 * stride_of(SMALL) + 100)
+    os.truncate(shard_path(tier.path, 0), 10 * stride_of(SMALL.block_bytes) + 100)
     assert found(tier) == 150 - 54
     assert metrics.misses.value("disk", Miss.CORRUPT) == metrics.corrupt_blocks.value("disk") == 54
     usable(tier)
@@ -120,7 +120,7 @@ def test_missing_shard_at_start_is_counted_and_forgotten(tmp_path: Path, tier: D
 
 def test_truncated_shard_at_start_is_counted_and_mended(tmp_path: Path, tier: DiskTier) -> None:
     tier.close()
-    os.truncate(shard_path(tier.path, 0), 3 * stride_of(SMALL) - 1)
+    os.truncate(shard_path(tier.path, 0), 3 * stride_of(SMALL.block_bytes) - 1)
     metrics = Metrics()
     again = open_tier(tmp_path, metrics=metrics)
     assert metrics.corrupt_blocks.value("disk") == 62 and found(again) == 150 - 62
@@ -141,7 +141,7 @@ def test_shard_of_garbage_is_found_block_by_block(tmp_path: Path, tier: DiskTier
 def test_two_blocks_that_changed_places_are_both_refused(tmp_path: Path, tier: DiskTier, metrics: Metrics) -> None:
     """Each is whole: only a checksum that knows the key can tell."""
     tier.close()
-    path, stride = shard_path(tier.path, 0), stride_of(SMALL)
+    path, stride = shard_path(tier.path, 0), stride_of(SMALL.block_bytes)
     data = bytearray(path.read_bytes())
     data[:stride], data[stride : 2 * stride] = data[stride : 2 * stride], data[:stride]
     path.write_bytes(data)

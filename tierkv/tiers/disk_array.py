@@ -16,8 +16,8 @@ from tierkv.errors import ConfigError
 from tierkv.layout import Layout
 from tierkv.tiers.disk_files import Files, replace_file
 from tierkv.tiers.disk_manifest import max_bytes
+from tierkv.zarr_shards import ALIGNMENT, stride_of
 
-ALIGNMENT: Final = 4096
 SHARD_SLOTS: Final = 64
 """For the number of files; speed does not depend on it."""
 _SHARD_EXTRA_BYTES: Final = 12 << 10
@@ -28,14 +28,9 @@ _ZARR_DTYPES: Final = {"bfloat16": "uint16", "float8_e4m3": "uint8"}
 """What zarr has no name for is stored as bits of the same size; an attribute tells the dtype."""
 
 
-def stride_of(layout: Layout) -> int:
-    """Bytes from one slot to the next."""
-    return -(-layout.block_bytes // ALIGNMENT) * ALIGNMENT
-
-
 def num_slots_for(capacity_bytes: int, layout: Layout) -> int:
     """Most slots with which a folder stays under its capacity whatever happens. Raises ConfigError when that is none."""
-    low, high = 0, max(0, capacity_bytes // stride_of(layout))
+    low, high = 0, max(0, capacity_bytes // stride_of(layout.block_bytes))
     while low < high:
         middle = (low + high + 1) // 2
         if folder_bytes_for(middle, layout) <= capacity_bytes:
@@ -55,7 +50,7 @@ def folder_bytes_for(num_slots: int, layout: Layout) -> int:
     shards = -(-num_slots // SHARD_SLOTS)
     keys = -(-32 * num_slots // ALIGNMENT) * ALIGNMENT
     return (
-        num_slots * stride_of(layout)
+        num_slots * stride_of(layout.block_bytes)
         + shards * (_SHARD_EXTRA_BYTES + ALIGNMENT)
         + max_bytes(num_slots, layout.block_tokens)
         + 2 * keys  # the array of keys is replaced, not overwritten

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from tierkv.tiers.disk_array import ALIGNMENT
+from tierkv.zarr_shards import ALIGNMENT
 
 
 def aligned(view: memoryview) -> bool:

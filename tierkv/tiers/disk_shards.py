@@ -1,29 +1,25 @@
 """The shard files of a disk folder, used in place: slabs of slots that any zarr reader opens.
 
-    shard file   slot 0 | slot 1 | … | slot 63 | index: 64 × (offset, bytes), crc32c      slot i at i × stride, always
-
-Because nothing is compressed, the index never changes: a file is made once, whole and under a temporary name, and from then
-on a slot is one pwrite or preadv. zarr-python's own path for bytes takes 3 to 10 times as long (2-core AMD EPYC VM, 2026-11).
+A file is made once, whole and under a temporary name, and from then on a slot is one pwrite or preadv (`zarr_shards`).
+zarr-python's own path for bytes takes 3 to 10 times as long (2-core AMD EPYC VM, 2026-11).
 What must not live here: which slot holds what.
 """
 
 import contextlib
 import errno
-import functools
 import logging
 import os
-import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from tierkv.layout import Layout
-from tierkv.tiers.disk_array import ALIGNMENT, SHARD_SLOTS, stride_of
+from tierkv.tiers.disk_array import SHARD_SLOTS
 from tierkv.tiers.disk_files import Files, advance, sync_folder, write_all
+from tierkv.zarr_shards import ALIGNMENT, shard_index, stride_of
 
 _MAX_OPEN: Final = 256
-_ABSENT: Final = (1 << 64) - 1
 _PADDING: Final = memoryview(bytearray(ALIGNMENT))
 """Goes between blocks whose size is no multiple of ALIGNMENT; whoever reads into it does not look at it."""
 _Call = Callable[[int, Sequence[memoryview], int], int]
@@ -35,25 +31,6 @@ class ShardLost(OSError):
     """A shard file was removed, replaced or cut behind our back: what it held is gone. Never leaves the disk tier."""
 
 
-@functools.cache
-def shard_index(slots: int, layout: Layout) -> bytes:
-    """The index at the end of a shard file that holds the first `slots` of its 64 places."""
-    stride, size = stride_of(layout), layout.block_bytes
-    entries = [(at * stride, size) if at < slots else (_ABSENT, _ABSENT) for at in range(SHARD_SLOTS)]
-    index = b"".join(struct.pack("<QQ", *entry) for entry in entries)
-    return index + struct.pack("<I", crc32c(index))
-
-
-def crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli), bit by bit: a kilobyte per shard file, never a block."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-    return crc ^ 0xFFFFFFFF
-
-
 class Shards:
     """The shard files of the array. Thread-safe; who may use which slot is the tier's business.
 
@@ -62,7 +39,7 @@ class Shards:
 
     def __init__(self, folder: Path, layout: Layout, *, num_slots: int, files: Files, direct: bool) -> None:
         self._folder, self._layout, self._files = folder / "blocks", layout, files
-        self.num_slots, self.stride = num_slots, stride_of(layout)
+        self.num_slots, self.stride = num_slots, stride_of(layout.block_bytes)
         self.direct = direct
         self._lock = threading.Lock()
         self._creating = threading.Lock()
@@ -103,7 +80,7 @@ class Shards:
         return usable
 
     def _adopt(self, shard: int) -> int:
-        size, index = self._size(shard), shard_index(self._slots(shard), self._layout)
+        size, index = self._size(shard), shard_index(self._slots(shard), SHARD_SLOTS, self._layout.block_bytes)
         fd = self._files.open(self.path(shard), os.O_RDWR)
         try:
             stat = self._files.stat(fd)
@@ -124,7 +101,7 @@ class Shards:
         with self._creating:
             if shard in self._inodes:
                 return
-            size, index = self._size(shard), shard_index(self._slots(shard), self._layout)
+            size, index = self._size(shard), shard_index(self._slots(shard), SHARD_SLOTS, self._layout.block_bytes)
             path = self.path(shard)
             temporary = path.with_name(path.name + ".tmp")
             self._files.unlink(path)  # one that is not ours: two at once could pass the folder's cap

@@ -10,12 +10,13 @@ from typing import Final, NamedTuple, TypeVar
 from tierkv.keys import Key
 from tierkv.layout import Layout
 from tierkv.tiers.base import Miss
-from tierkv.tiers.disk_array import ALIGNMENT, SHARD_SLOTS
+from tierkv.tiers.disk_array import SHARD_SLOTS
 from tierkv.tiers.disk_buffers import Buffers, aligned
 from tierkv.tiers.disk_files import FULL
 from tierkv.tiers.disk_manifest import digest
 from tierkv.tiers.disk_shards import ShardLost, Shards
 from tierkv.tiers.disk_slots import Place
+from tierkv.zarr_shards import ALIGNMENT
 
 _MAX_VIEWS: Final = 512
 """Blocks in one call: the system takes 1,024 buffers, and there may be padding between blocks."""
