@@ -9,7 +9,18 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from tierkv.building import below_of, make_index, make_mover, observe, open_daemon, open_disk, open_redis, piece_blocks
+from tierkv.building import (
+    below_of,
+    make_index,
+    make_mover,
+    mount,
+    observe,
+    open_daemon,
+    open_disk,
+    open_packs,
+    open_redis,
+    piece_blocks,
+)
 from tierkv.config import CPU_PAGES, Config, cache_folder
 from tierkv.errors import ConfigError
 from tierkv.facts import ModelFacts
@@ -44,12 +55,14 @@ def open_store(
     clock: "Clock" = time.monotonic,
     pool_bytes: int | None = None,
     facts: ModelFacts | None = None,
+    fills: bool = False,
 ) -> "Store":
     """Open all tiers that `config` names, for blocks of one model.
 
     model: the identity of the weights, part of every key.  metrics: where to count; its own when None.
     pool_bytes: of pages, where device.capacity is off; a GPU needs one of the two, for what is free there is the engine's to say.
-    facts: of the model, so that a pack that was made for another can be told what differs.
+    facts: of the model, so that a pack that was made for another can be told what differs.  fills: it is there to fill the
+    tiers below it, and serves nobody: a daemon need not be larger than its pages.
     Raises ConfigError, TierError or PackError; nothing stays open then.
     """
     import torch
@@ -100,11 +113,17 @@ def open_store(
             )
         namespace = Namespace(model, layout, tenant=config.store.tenant)
         root = namespace.root(config.secret())
-        daemon = open_daemon(config, metrics, clock, namespace, root, device_bytes=num_pages * layout.block_bytes)
+        device_bytes = 0 if fills else num_pages * layout.block_bytes
+        daemon = open_daemon(config, metrics, clock, namespace, root, device_bytes=device_bytes)
         if daemon:
             opened.callback(daemon.close)
             below.append(below_of(config, metrics, clock, daemon, place=daemon.url, number=None))
         sizes = {"device": num_pages, "host": num_host} | ({"disk": disk.num_slots} if disk else {})
+        packs = open_packs(config, layout, metrics, mover, clock, facts=facts)
+        if packs:
+            opened.callback(packs.close)
+            mount(packs, root, namespace)
+            below.append(below_of(config, metrics, clock, packs, place=packs.place, number=None))
         index = make_index(config, layout, cost, sizes)
         observe(metrics, index)
         if disk:
@@ -172,10 +191,13 @@ def load_model(name: "str | Path", config: Config) -> LoadedModel:
 
 
 @contextmanager
-def open_engine(model: "str | Path | LoadedModel", config: Config | None = None) -> "Iterator[tuple[Engine, Store]]":
+def open_engine(
+    model: "str | Path | LoadedModel", config: Config | None = None, *, fills: bool = False
+) -> "Iterator[tuple[Engine, Store]]":
     """Load a model into the bundled engine, over a store with all tiers that `config` names.
 
-    model: "smollm2", a .gguf file, a transformers folder, a name in the local hub cache, or one that is loaded.
+    model: "smollm2", a .gguf file, a transformers folder, a name in the local hub cache, or one that is loaded.  fills: as in
+    `open_store`.
     At the end what was computed is copied down, and all is closed. Raises ModelError, ConfigError, TierError or PackError.
     """
     from tierkv.connectors.engine import EngineConnector
@@ -200,6 +222,7 @@ def open_engine(model: "str | Path | LoadedModel", config: Config | None = None)
                 metrics=metrics,
                 pool_bytes=left,
                 facts=facts_of(weights, tokenizer, identity=identity),
+                fills=fills,
             )
             opened.callback(store.close)
             stores.append(store)

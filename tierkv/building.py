@@ -1,10 +1,14 @@
 """The parts of a store, and of a daemon, from a configuration: tiers at rest, the index and its policies, the mover."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tierkv.config import Config
+from tierkv.errors import ConfigError, PackError
+from tierkv.facts import ModelFacts
 from tierkv.keys import Key, Namespace
 from tierkv.layout import Layout
 from tierkv.metrics import Metrics
@@ -14,9 +18,12 @@ if TYPE_CHECKING:
     from tierkv.index import Index
     from tierkv.mover import Clock, Mover
     from tierkv.names import Listener
+    from tierkv.packs.files import RemoteOptions
+    from tierkv.packs.pack import Pack
     from tierkv.tiers.base import Tier
     from tierkv.tiers.daemon import DaemonTier
     from tierkv.tiers.disk import DiskTier
+    from tierkv.tiers.pack import PackTier
     from tierkv.tiers.redis import RedisTier
     from tierkv.transfers import Below
 
@@ -25,6 +32,8 @@ PIECE_BYTES = 32 << 20
 MAX_PIECE_BLOCKS = 64
 PIECE_THREADS = 2
 """One piece is verified while the next is read: 0.8 of the disk's speed becomes 0.9 (bench/bench_disk.py)."""
+REMOTE_THREADS = 8
+"""Ranges of a pack on a server that are asked for at once."""
 NODE_THREADS = 4
 """Nodes of a cluster that are talked to at once."""
 
@@ -102,6 +111,84 @@ def open_daemon(
     )
 
 
+def signers_of(config: Config) -> list[str] | None:
+    """Public keys, in hex, one of which must have signed every pack; None: none must. Raises ConfigError."""
+    if config.pack.signers is None:
+        return None
+    from tierkv.packs.signing import read_public
+
+    try:
+        return [read_public(given) for given in config.pack.signers]
+    except PackError as error:
+        raise ConfigError(f"pack.signers: {error}") from None
+
+
+def remote_of(config: Config) -> "RemoteOptions":
+    """How servers of packs are asked."""
+    from tierkv.packs.files import RemoteOptions
+
+    return RemoteOptions(endpoint=config.pack.endpoint, region=config.pack.region)
+
+
+def open_packs(
+    config: Config,
+    layout: Layout,
+    metrics: Metrics,
+    mover: "Mover",
+    clock: "Clock",
+    *,
+    facts: ModelFacts | None = None,
+    fitting: bool = False,
+) -> "PackTier | None":
+    """The packs as one tier, if there are any. facts: of the model over them, where it is known.
+
+    fitting: leave those of another layout out. Raises ConfigError, and PackError for a pack that is not sound, not signed as
+    demanded, or of another layout.
+    """
+    from tierkv.tiers.pack import PackTier, Shard
+
+    with ExitStack() as opened:
+        packs = [opened.enter_context(pack) for pack in each_pack(config)]
+        shard = Shard(*map(int, config.pack.shard.split("/")))
+        if fitting:
+            packs = [pack for pack in packs if shard.misfit(pack.layout, layout) is None]
+        if not packs:
+            return None
+        threads = PIECE_THREADS if all(pack.local for pack in packs) else REMOTE_THREADS
+        tier = PackTier(
+            packs,
+            layout=layout,
+            metrics=metrics,
+            shard=shard,
+            facts=facts,
+            executor=mover.helpers("pack-pieces", threads=threads),
+            clock=clock,
+        )
+        opened.pop_all()
+    return tier
+
+
+def each_pack(config: Config) -> "Iterator[Pack]":
+    """Open the packs that are configured, one after another. Raises ConfigError or PackError."""
+    if config.pack.paths is None:
+        return
+    from tierkv.packs.pack import open_pack
+
+    trusted, remote = signers_of(config), remote_of(config)
+    for place in config.pack.paths:
+        yield open_pack(place, trusted=trusted, remote=remote)
+
+
+def mount(tier: "PackTier", root: Key, namespace: Namespace) -> None:
+    """Let the packs answer for a store's namespace. Raises PackError, naming what differs, for one of another model."""
+    tier.introduce(root, namespace)
+    for pack in tier.packs:
+        if differs := tier.mismatch(pack, namespace):
+            raise PackError(
+                f"{pack.place}: built for another model: {differs}; build a pack for this model, or leave it out of pack.paths"
+            )
+
+
 def below_of(
     config: Config, metrics: Metrics, clock: "Clock", tier: "Tier", *, place: str, number: int | None
 ) -> "Below":
@@ -111,7 +198,8 @@ def below_of(
 
     transfer = config.transfer
     breaker = Breaker(tier.name, metrics=metrics, clock=clock, failures=transfer.down_after, first_s=transfer.down_s)
-    return Below(tier, place, number, getattr(config, tier.name).copy_down, breaker)
+    copy_down = getattr(getattr(config, tier.name), "copy_down", "never")  # nothing is copied to a pack
+    return Below(tier, place, number, copy_down, breaker)
 
 
 def make_index(
@@ -145,6 +233,18 @@ def make_index(
         named=named,
         listener=listener,
     )
+
+
+@contextmanager
+def threads(name: str, *, count: int) -> "Iterator[Executor]":
+    """Threads for a command that has no store."""
+    from tierkv.mover import Mover
+
+    mover = Mover({}, metrics=Metrics())
+    try:
+        yield mover.helpers(name, threads=count)
+    finally:
+        mover.close()
 
 
 def make_mover(config: Config, metrics: Metrics) -> "Mover":

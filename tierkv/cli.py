@@ -17,14 +17,18 @@ from tierkv.cli_daemon import daemon
 from tierkv.cli_demo import demo
 from tierkv.cli_explain import explain, stats
 from tierkv.cli_generate import generate
+from tierkv.cli_pack import pack
 from tierkv.cli_show import config, inspect, size
 from tierkv.cli_simulate import simulate
 from tierkv.cli_top import top
+from tierkv.cli_warm import warm
 from tierkv.errors import ConfigError, TierKVError
 
 FAILED: Final = 1
 MISUSED: Final = 2
 INTERRUPTED: Final = 130
+EXTRAS: Final = {"obstore": "object", "cryptography": "sign", "zmq": "events", "matplotlib": "plot"}
+"""What to install for a package that is missing."""
 
 app = typer.Typer(
     name="tierkv",
@@ -36,10 +40,11 @@ app = typer.Typer(
     "Begin with [bold]tierkv demo[/bold]. Options come from tierkv.toml, TIERKV_* variables and --set; "
     "[bold]tierkv config[/bold] lists them all.",
 )
-for command in (demo, generate, config, inspect, size, simulate, explain, stats, top):
+for command in (demo, generate, config, inspect, size, simulate, explain, stats, top, warm):
     app.command()(command)
 app.add_typer(bench, name="bench")
 app.add_typer(daemon, name="daemon")
+app.add_typer(pack, name="pack")
 
 
 @app.callback(invoke_without_command=True)
@@ -68,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "tierkv":
             raise
-        return _error(f"this command needs the package {error.name}: pip install 'tierkv[engine,redis]'", FAILED)
+        extra = EXTRAS.get(error.name.split(".")[0], "engine,redis")
+        return _error(f"this command needs the package {error.name}: pip install 'tierkv[{extra}]'", FAILED)
     except BrokenPipeError:
         # The reader has gone (`| head`). What is still buffered must not be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

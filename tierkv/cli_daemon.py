@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from tierkv.cli_options import AsJson, ConfigFile, Overrides, console, print_json, print_rows, read_config
+from tierkv.cli_options import AsJson, ConfigFile, Overrides, console, print_json, print_rows, read_config, span
 from tierkv.config import Config, Loaded, default_socket
 from tierkv.errors import ConfigError, TierError
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 HOST_SHARE: Final = 0.25
 """Of the memory that is free, where no configuration says how large the host tier is to be."""
-_SPANS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 daemon = typer.Typer()
 
@@ -143,7 +142,7 @@ def flush(
 ) -> None:
     """Write down what only memory holds. The daemon goes on."""
     with _client(url, config, overrides) as client:
-        _flushed(client.flush(deadline_s=_span(within)), within)
+        _flushed(client.flush(deadline_s=span(within)), within)
 
 
 @daemon.command()
@@ -155,7 +154,7 @@ def drain(
 ) -> None:
     """Take no more blocks, and write down what there is: what to do before a stop. Reads are served on."""
     with _client(url, config, overrides) as client:
-        _flushed(client.drain(deadline_s=_span(within)), within)
+        _flushed(client.drain(deadline_s=span(within)), within)
 
 
 def _flushed(done: dict[str, Any], within: str) -> None:  # Any: of the daemon
@@ -182,7 +181,7 @@ def pin(
             f"{prefix}: not a key; `tierkv daemon status` lists the prefixes that were asked for, with their keys"
         )
     with _client(url, config, overrides) as client:
-        done = client.pin(prefix, ttl_s=_span(ttl))
+        done = client.pin(prefix, ttl_s=span(ttl))
     print_rows([("pinned", f"{done['blocks']:,} blocks for {ttl}"), ("name", str(done["pin"]))])
 
 
@@ -223,7 +222,7 @@ def forget(
         raise ConfigError("forget what? give --model, --tenant or --older-than (0s: all)")
     with _client(url, config, overrides) as client:
         gone = client.forget(
-            model=model, tenant=tenant, older_s=None if older_than is None else _span(older_than, zero=True)
+            model=model, tenant=tenant, older_s=None if older_than is None else span(older_than, zero=True)
         )
     print_rows(
         [(tier, f"{blocks:,} blocks") for tier, blocks in gone.items()] or [("forgotten", "nothing: it holds nothing")]
@@ -258,11 +257,3 @@ def verify(url: Url = None, config: ConfigFile = None, overrides: Overrides = No
         print_rows([(tier, f"{of['checked']:,} blocks checked, {of['bad']:,} bad") for tier, of in tiers.items()])
     if any(of["bad"] for of in tiers.values()):
         raise TierError("blocks were bad and have been forgotten: check memory and disk of this machine")
-
-
-def _span(text: str, *, zero: bool = False) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip().lower())
-    seconds = float(found[1]) * _SPANS[found[2] or "s"] if found else -1.0
-    if seconds < 0 or (seconds == 0 and not zero):
-        raise ConfigError(f"{text}: not a time; give a number and s, m, h or d, such as 30s or 2h")
-    return seconds

@@ -1,6 +1,7 @@
 """What the commands share: option types, the configuration of a command, and how results are printed."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tierkv.config import Loaded, load
+from tierkv.errors import ConfigError
 
+_SPANS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 PLAIN_WIDTH: Final = 160  # columns of a table that goes to a file or a pipe
 
 ConfigFile = Annotated[
@@ -62,3 +65,12 @@ def show_bytes(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
         size /= 1024
     return f"{size:,.2f} TiB"
+
+
+def span(text: str, *, zero: bool = False) -> float:
+    """Seconds of a time such as 30s, 5m, 2h or 7d. Raises ConfigError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip().lower())
+    seconds = float(found[1]) * _SPANS[found[2] or "s"] if found else -1.0
+    if seconds < 0 or (seconds == 0 and not zero):
+        raise ConfigError(f"{text}: not a time; give a number and s, m, h or d, such as 30s or 2h")
+    return seconds

@@ -25,11 +25,14 @@ from tierkv.values import (
     HOST_PORT,
     MODE,
     NAME,
+    PACKS,
     PATH,
     POWER_OF_TWO,
     PREFIX,
+    RANK,
     REDIS_URL,
     SECONDS,
+    SIGNERS,
     SIZE,
     TEXT,
     Kind,
@@ -42,6 +45,8 @@ from tierkv.values import (
 )
 
 DEFAULT_FILE: Final = "tierkv.toml"
+TIERS: Final = "tiers"
+TIER_KINDS: Final = ("device", "host", "disk", "redis", "daemon", "pack")
 POLICIES: Final = ("adaptive", "cost", "lru", "lfu", "fifo", "slru", "arc", "gdsf")
 OBJECTIVES: Final = ("hits", "seconds")
 COPY_DOWNS: Final = ("save", "second_use", "spill")
@@ -160,6 +165,23 @@ class DaemonConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PackConfig(_Section):
+    """Packs that are mounted: KV that was computed beforehand, read where it lies (`tierkv pack`)."""
+
+    paths: Annotated[tuple[Path | str, ...] | None, optional(PACKS), "packs to read from; off: none"] = None
+    signers: Annotated[
+        tuple[str, ...] | None,
+        optional(SIGNERS),
+        "keys of which one must have signed each pack; off: a pack need not be signed",
+    ] = None
+    shard: Annotated[str, RANK, "which tensor-parallel rank's KV heads to take"] = "0/1"
+    endpoint: Annotated[str | None, optional(NAME), "URL of an S3-compatible server; off: AWS, or AWS_ENDPOINT_URL"] = (
+        None
+    )
+    region: Annotated[str | None, optional(NAME), "its region; off: AWS_REGION"] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig(_Section):
     """`tierkv daemon` itself. It owns the [host], [disk] and [redis] of its configuration."""
 
@@ -257,6 +279,7 @@ class Config:
     disk: DiskConfig = field(default_factory=DiskConfig)
     redis: RedisConfig = field(default_factory=RedisConfig)
     daemon: DaemonConfig = field(default_factory=DaemonConfig)
+    pack: PackConfig = field(default_factory=PackConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
@@ -346,7 +369,7 @@ class Loaded:
         if key in ("capacity", "max_bytes") and value is not None:
             return show_size(value)
         if isinstance(value, tuple):
-            return ", ".join(value)
+            return hide_password(", ".join(map(str, value)))
         if isinstance(value, str | Path):
             return hide_password(str(value)) if key == "url" else str(value)
         return cast(int | float | None, value)
@@ -369,13 +392,12 @@ def load(
         except ValueError:
             shown = hide_password(json.dumps(given, default=str, ensure_ascii=False)[:80])
             raise ConfigError(f"{place}: {name} = {shown}: expected {option.kind.expected}") from None
-        values[name] = base / value if base is not None and isinstance(value, Path) else value
+        values[name] = value if base is None else _under(base, value)
         origins[name] = place
 
     file = _find(path, environ)
     if file is not None:
         for place, name, given in _read(file):
-            # A relative path in a file is relative to the file, as with other tools' project files.
             take(place, name, given, file.parent)
     for option in OPTIONS.values():
         if environ.get(option.variable):  # an empty variable is one that is not set
@@ -420,6 +442,13 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
         return None
 
 
+def _under(base: Path, value: object) -> object:
+    """A relative path in a file is relative to the file, as with other tools' project files."""
+    if isinstance(value, tuple):
+        return tuple(_under(base, part) for part in value)
+    return base / value if isinstance(value, Path) else value
+
+
 def _find(path: Path | str | None, environ: Mapping[str, str]) -> Path | None:
     if path is not None:
         return Path(path)
@@ -442,7 +471,8 @@ def _read(file: Path) -> Iterator[tuple[str, str, object]]:
             f'{file}: not valid TOML: {error}; expected lines such as capacity = "2GiB" under [host]'
         ) from None
     lines = _lines(text)
-    known = list(_SECTIONS)
+    known = [*_SECTIONS, TIERS]
+    yield from _tiers(file, sections)
     for section, body in sections.items():
         place = f"{file}:{lines[section]}" if section in lines else str(file)
         if section not in known:
@@ -458,6 +488,33 @@ def _read(file: Path) -> Iterator[tuple[str, str, object]]:
             if name not in OPTIONS:
                 raise ConfigError(f"{place}: there is no option {name}{_near(name)}")
             yield place, name, given
+
+
+def _tiers(file: Path, sections: dict[str, Any]) -> Iterator[tuple[str, str, object]]:
+    """Options of [[tiers]]: each is a section by its `kind`, and those of kind "pack" have one `path` each."""
+    listed = sections.pop(TIERS, [])
+    if not isinstance(listed, list) or not all(isinstance(tier, dict) for tier in listed):
+        raise ConfigError(f'{file}: {TIERS} is no list of tables: write [[{TIERS}]] and kind = "pack" below it')
+    packs: list[object] = []
+    for number, tier in enumerate(listed, 1):
+        place, kind = f"{file}: [[{TIERS}]] {number}", tier.pop("kind", None)
+        if kind not in TIER_KINDS:
+            raise ConfigError(f"{place}: kind = {json.dumps(kind)}: expected one of {', '.join(TIER_KINDS)}")
+        for key, given in tier.items():
+            name = f"{kind}.{key}"
+            if name == "pack.path":
+                packs.append(given)
+                continue
+            if name not in OPTIONS:
+                raise ConfigError(f"{place}: there is no option {name}{_near(name)}")
+            if key in sections.get(kind, {}):
+                raise ConfigError(f"{place}: {name} is given twice, here and under [{kind}]: keep one")
+            yield place, name, given
+        if kind == "pack" and not packs:
+            raise ConfigError(f'{place}: a pack without a path: add path = "handbook.zip"')
+    if packs:
+        own = sections.get("pack", {}).pop("paths", [])
+        yield f"{file}: [[{TIERS}]]", "pack.paths", [*(own if isinstance(own, list) else [own]), *packs]
 
 
 def _lines(text: str) -> dict[str, int]:

@@ -89,7 +89,7 @@ class Load:
 
     @property
     def lent(self) -> range:
-        """Blocks that came out of a tier's own memory, and are on the device alone; meant for after the answer."""
+        """Blocks that need not be copied down: out of a tier's own memory, or of one that lasts. Meant for after the answer."""
         return range(0) if self._lent_from is None else range(self._lent_from, self._blocks)
 
     def run(self) -> None:
@@ -250,6 +250,8 @@ class Load:
 
     def _bring(self, below: Below, lo: int, hi: int) -> bool:
         came = self._borrow(below, lo, hi) if below.tier.lends else None
+        if below.tier.lasting and self._lent_from is None:
+            self._lent_from = lo
         if came is None:
             return all(self._fetch(below, at, min(hi, at + self.piece)) for at in range(lo, hi, self.piece))
         return came

@@ -173,6 +173,8 @@ class Store:
         keys = tuple(chain(parent, rest, block_tokens=self.layout.block_tokens))
         best: Found | None = None
         for below in self._shared:
+            if how is Below.peek and below.tier.lasting:
+                continue  # ahead of need nothing is won
             found = how(below, Run(self.root, parent, known, keys, rest), failures=self.metrics.misses)
             if found and (best is None or found > len(best[1])):
                 best = (below, list(keys[:found]))
@@ -417,12 +419,13 @@ class Store:
         return ("device", "host")[number] if number <= HOST else self._numbered[number].name
 
     def holdings(self) -> list[dict[str, object]]:
-        """What lies where: tier, blocks, bytes, place. Of a shared tier, what this store has written to it."""
+        """What lies where: tier, blocks, bytes, place. Of a shared tier that others write to, what this store has written."""
         places = {"device": str(self.places.device.device), "host": "pinned" if self.places.host.pinned else "memory"}
         tiers = {tier.name: tier.held for tier in self.index.stats().tiers}
         for below in self.below:
             places[below.name] = below.place
-            tiers.setdefault(below.name, int(self.metrics.blocks_spilled.value("host", below.name)))
+            own = int(self.metrics.blocks_spilled.value("host", below.name))
+            tiers.setdefault(below.name, own if below.tier.num_blocks is None else below.tier.num_blocks)
         return [
             {"tier": name, "blocks": blocks, "bytes": blocks * self.layout.block_bytes, "place": places[name]}
             for name, blocks in tiers.items()

@@ -39,6 +39,7 @@ class Below:
 
     place: where it is, for people.
     number: its number in the index; None for a shared tier, which is asked and not remembered.
+    copy_down: as in the configuration; "never" for one that takes nothing.
     """
 
     tier: Tier

@@ -19,6 +19,7 @@ _UNITS: Final = (
 _UNIT_OF: Final = {unit.lower(): factor for unit, factor in _UNITS.items()}
 _OFF: Final = ("off", "none")
 DAEMON_SCHEMES: Final = ("unix", "tcp", "tls")
+PACK_SCHEMES: Final = ("s3", "http", "https", "file")
 REDIS_SCHEMES: Final = ("redis", "rediss", "redis+cluster", "rediss+cluster", "unix")
 
 
@@ -153,12 +154,34 @@ def _daemon_url(given: object) -> str:
     return url
 
 
-def _daemon_urls(given: object) -> tuple[str, ...]:
-    if isinstance(given, str):
-        given = [part.strip() for part in given.split(",")]
-    if not isinstance(given, list | tuple) or not given:
+def _several(one: Callable[[object], Any]) -> Callable[[object], tuple[Any, ...]]:
+    """A list of them, or text with commas."""
+
+    def parse(given: object) -> tuple[Any, ...]:
+        if isinstance(given, str):
+            given = [part.strip() for part in given.split(",")]
+        if not isinstance(given, list | tuple) or not given:
+            raise ValueError
+        return tuple(map(one, given))
+
+    return parse
+
+
+def _pack_place(given: object) -> Path | str:
+    if isinstance(given, str) and "://" in given:
+        parts = urlsplit(_named(given))
+        if parts.scheme not in PACK_SCHEMES or not (parts.netloc or parts.scheme == "file"):
+            raise ValueError
+        return str(given)
+    return _path(given)
+
+
+def _rank(given: object) -> str:
+    text = _named(given)
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or int(match[1]) >= int(match[2]):
         raise ValueError
-    return tuple(map(_daemon_url, given))
+    return text
 
 
 def _host_port(given: object) -> str:
@@ -204,6 +227,14 @@ PREFIX = Kind("letters, digits and . _ : -", _prefix)
 PATH = Kind("a path", _path)
 REDIS_URL = Kind(f"a URL that begins with {', '.join(f'{s}://' for s in REDIS_SCHEMES)}", _redis_url)
 DAEMON_URL: Final = Kind("unix:///path, tcp://host:port or tls://host:port", _daemon_url)
-DAEMON_URLS: Final = Kind(f"{DAEMON_URL.expected}; several of them as a list, or with commas", _daemon_urls)
+DAEMON_URLS: Final = Kind(f"{DAEMON_URL.expected}; several of them as a list, or with commas", _several(_daemon_url))
 HOST_PORT: Final = Kind("host:port, such as 127.0.0.1:9419", _host_port)
+PACKS: Final = Kind(
+    "folders or zip files of packs, or URLs of them (s3://, http://, https://); several as a list, or with commas",
+    _several(_pack_place),
+)
+SIGNERS: Final = Kind(
+    "public keys of 64 hex digits, or files of keys; several as a list, or with commas", _several(_named)
+)
+RANK: Final = Kind("rank/size, such as 0/2 for the first of two tensor-parallel ranks", _rank)
 MODE: Final = Kind('permissions in octal, such as "0600"', _mode)

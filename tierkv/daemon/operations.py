@@ -91,6 +91,8 @@ class Operations(Session):
         pool = await self.service.attach(self.client, layout, device_bytes=fields["device_bytes"], opens=writes)
         if writes:
             await self.service.off_loop(partial(pool.introduce, Key(fields["root"]), named))
+        else:
+            await self.service.off_loop(partial(pool.introduce_packs, Key(fields["root"]), named))
         # Whose end nobody would hear of is not let write in memory itself: it may go on to do so after its connection is lost.
         writable = writes and self.client.watched is not None
         reply: dict[str, Any] = {
@@ -139,12 +141,14 @@ class Operations(Session):
         found, at = sought.found, sought.found * KEY_BYTES
         parent = Key(keys[at - KEY_BYTES : at]) if found else Key(fields["parent"])
         root, depth = Key(fields["root"]), fields["depth"] + found
-        more = await pool.seek_shared(root, parent, depth, keys[at:], tokens[found * step :])
-        return self._sought(pool, message, keys, sought, more)
+        more, tier = await pool.seek_shared(root, parent, depth, keys[at:], tokens[found * step :])
+        return self._sought(pool, message, keys, sought, more, tier)
 
-    def _sought(self, pool: Pool, message: Message, keys: bytes, sought: Sought, shared: int) -> dict[str, Any]:
+    def _sought(
+        self, pool: Pool, message: Message, keys: bytes, sought: Sought, shared: int, tier: str = ""
+    ) -> dict[str, Any]:
         found = sought.found + shared
-        pool.count_lookup(sought, keys, shared)
+        pool.count_lookup(sought, keys, shared, tier)
         self.service.noted(pool, Key(message.fields["root"]), keys, found, message.fields["depth"])
         return {"found": found}
 

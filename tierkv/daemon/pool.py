@@ -19,7 +19,7 @@ from typing import Any, Final, cast
 
 import numpy as np
 
-from tierkv.building import below_of, make_index, open_disk, open_redis, piece_blocks
+from tierkv.building import below_of, make_index, open_disk, open_packs, open_redis, piece_blocks
 from tierkv.config import Config
 from tierkv.cost import CostModel
 from tierkv.daemon.loans import Lent, Sought, Uses, Writing
@@ -38,6 +38,7 @@ from tierkv.mover import LOAD_LANE, PROBE_LANE, Clock, Mover
 from tierkv.names import Listener
 from tierkv.policies.base import Use
 from tierkv.tiers.base import Miss
+from tierkv.tiers.pack import PackTier
 from tierkv.transfers import HOST, Below, Places, read_below
 from tierkv.values import hide_password
 
@@ -79,6 +80,7 @@ class Pool:
     ) -> None:
         self.namespaces: dict[Key, Namespace] = {}
         self._introduced: set[Key] = set()
+        self.packs: PackTier | None = None
         self._lifts: set[asyncio.Future[None]] = set()
         self._listener = Relay(listener, self.namespaces)
         self._counted_s, self._counts = -inf, dict[Key, int]()
@@ -137,6 +139,11 @@ class Pool:
         if redis:
             place = hide_password(config.redis.url or "")
             self.below.append(below_of(config, self.metrics, self.clock, redis, place=place, number=None))
+        self.packs = open_packs(config, self.layout, self.metrics, self._mover, self.clock, fitting=True)
+        if self.packs:
+            self.below.append(
+                below_of(config, self.metrics, self.clock, self.packs, place=self.packs.place, number=None)
+            )
 
     def _recover(self, disk: Any) -> None:  # Any: see above
         for root, fields in disk.namespaces().items():
@@ -159,6 +166,16 @@ class Pool:
             self.namespaces[root] = namespace
             for below in self.below:
                 cast(Any, below.tier).introduce(root, namespace)  # Any: both kinds have it
+
+            if self.packs:
+                for pack in self.packs.packs:
+                    if differs := self.packs.mismatch(pack, namespace):
+                        log.warning("pack %s is not for model %s: %s", pack.place, namespace.model, differs)
+
+    def introduce_packs(self, root: Key, namespace: Namespace) -> None:
+        """The same for whoever may only read: packs answer it, if its root is what it says, which no secret hides."""
+        if self.packs and namespace.root() == root:
+            self.packs.introduce(root, namespace)
 
     # -- finding ----------------------------------------------------------------------------------------------------
 
@@ -183,14 +200,14 @@ class Pool:
                 self.edges.copy_second_use(lease)
             return Sought(count, before.root, path, before.num_blocks)
 
-    def count_lookup(self, sought: Sought, keys: bytes, shared: int) -> None:
-        """Count what a look-up found, by tier, and why it found no more. shared: blocks that only a shared tier had."""
+    def count_lookup(self, sought: Sought, keys: bytes, shared: int, tier: str) -> None:
+        """Count what a look-up found, by tier, and why it found no more. shared: blocks that only `tier`, a shared one, had."""
         present = self.presence(keys[: sought.found * KEY_BYTES])
-        for number, tier in ((HOST, "host"), (DISK, "disk")):
+        for number, name in ((HOST, "host"), (DISK, "disk")):
             if found := present.count(number + 1):
-                self.metrics.daemon_lookup_blocks.add(found, tier)
+                self.metrics.daemon_lookup_blocks.add(found, name)
         if shared:
-            self.metrics.daemon_lookup_blocks.add(shared, self.shared[0].name)
+            self.metrics.daemon_lookup_blocks.add(shared, tier)
         self.metrics.daemon_lookups.add(1)
         first = sought.before + sought.found + shared
         if first < sought.before + len(keys) // KEY_BYTES:
@@ -203,28 +220,28 @@ class Pool:
         """Tiers that are asked, not remembered."""
         return [below for below in self.below if below.number is None]
 
-    async def seek_shared(self, root: Key, parent: Key, depth: int, keys: bytes, tokens: bytes) -> int:
-        """Ask the shared tiers for keys that no tier of this daemon's own holds; how many leading ones they have.
+    async def seek_shared(self, root: Key, parent: Key, depth: int, keys: bytes, tokens: bytes) -> tuple[int, str]:
+        """Ask the shared tiers for keys that no tier of this daemon's own holds; how many leading ones which of them has.
 
         What they have is known from then on, so that `lend` can bring it.
         """
         names = split(keys)
         probe = self._mover.submit(PROBE_LANE, partial(self._probe, parent, names, tokens), blocks=1)
-        found = await asyncio.wrap_future(probe) if probe else 0
+        found, tier = await asyncio.wrap_future(probe) if probe else (0, "")
         if found:
             step = self.layout.block_tokens * TOKEN_BYTES
             with self._lease_at(root, parent, depth) as lease:
                 self.index.extend(lease, tokens[: found * step], keys=names[:found])
-        return found
+        return found, tier
 
-    def _probe(self, parent: Key, keys: list[Key], tokens: bytes) -> int:
+    def _probe(self, parent: Key, keys: list[Key], tokens: bytes) -> tuple[int, str]:
         if chain(parent, tokens, block_tokens=self.layout.block_tokens) != keys:
-            return 0  # tokens that are not these keys': they would put a lie into the tree
-        best = 0
+            return 0, ""  # tokens that are not these keys': they would put a lie into the tree
+        best = 0, ""
         for below in self.shared:
             ask = partial(below.tier.contains, keys)
             present = below.attempt(ask, count=len(keys), failures=self.metrics.misses) or [False]
-            best = max(best, present.index(False) if False in present else len(present))
+            best = max(best, (present.index(False) if False in present else len(present), below.name))
         return best
 
     # -- reading in place -------------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ class Server:
         old, given = self.config, config.server
         server = replace(old.server, **{name: getattr(given, name) for name in RELOADED})
         self.config = self.service.config = replace(old, server=server)
-        sections = ("store", "host", "disk", "redis", "transfer")
+        sections = ("store", "host", "disk", "redis", "pack", "transfer")
         fixed = [name for name in sections if getattr(old, name) != getattr(config, name)]
         names = [option.name for option in fields(server)]
         fixed += [f"server.{name}" for name in names if getattr(server, name) != getattr(given, name)]

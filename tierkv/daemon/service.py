@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from tierkv.building import make_mover
+from tierkv.building import each_pack, make_mover
 from tierkv.config import Config
 from tierkv.daemon import upkeep
 from tierkv.daemon.access import Tokens
@@ -88,6 +88,8 @@ class Service:
                 f"host.capacity = {config.host.capacity / 2**30:.2f} GiB: {available / 2**30:.2f} GiB of memory are free "
                 f"({source}); lower it"
             )
+        for pack in each_pack(config):  # a pack that cannot be mounted is to be heard of now, not when an engine comes
+            pack.close()
         self._folder: FolderLock | None = None
         self.mover = make_mover(config, metrics)
         self.pools: dict[int, Pool] = {}

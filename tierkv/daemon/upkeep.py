@@ -93,6 +93,8 @@ def forget(pool: Pool, *, model: str | None, tenant: str | None, until: float) -
     counts = dict(zip(("device", "host", "disk"), purged.evicted, strict=False))
     del counts["device"]
     for below in pool.below:
+        if below.copy_down == "never":
+            continue  # a pack stays what it is: who wants it gone unmounts it
         keys = purged.victims if below.number is not None else sorted(gone)
         for at in range(0, len(keys), VERIFY_BLOCKS):
             below.forget(keys[at : at + VERIFY_BLOCKS])
@@ -105,7 +107,7 @@ def write_all(pool: Pool, clock: Clock, end: float) -> int:
     """Write down what the slab holds and the tiers below it do not, until the clock says `end`; how many blocks went."""
     before = pool.metrics.blocks_spilled.value("host")
     for below in pool.below:
-        if below.number is None and below.copy_down == "save":
+        if below.copy_down == "never" or (below.number is None and below.copy_down == "save"):
             continue  # nothing remembers what a shared tier was given, and all of it was
         for lease in _kept(pool, HOST, below.number):
             if clock() < end and not below.breaker.open:
@@ -289,6 +291,15 @@ def _tiers(service: "Service", pools: Sequence[Pool]) -> list[dict[str, Any]]:
                 "capacity_blocks": None,
                 "capacity_bytes": None,
             }
+        )
+    if config.pack.paths:
+        packs = [pool.packs for pool in pools if pool.packs]
+        size = sum(pack.num_blocks * pack.layout.block_bytes for tier in packs for pack in tier.packs)
+        blocks = sum(tier.num_blocks for tier in packs)
+        places = ", ".join(tier.place for tier in packs) or f"{len(config.pack.paths)} packs, not asked for yet"
+        rows.append(
+            _tier(service, (), DISK, "pack", places)
+            | {"blocks": blocks, "bytes": size, "capacity_blocks": None, "capacity_bytes": None}
         )
     down = {below.name for pool in pools for below in pool.below if below.breaker.open}
     for row in rows:

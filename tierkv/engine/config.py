@@ -20,8 +20,8 @@ class EngineConfig:
     on a GPU what is left of gpu_memory_utilization, a part of the card that all its processes may use together.
     max_batch_tokens: tokens computed per step, prefill chunks included.  max_sequences: sequences running at a time.
     max_context: prompt and output of one request; the model's own limit when None.  seed: of requests that name none.
-    chunk_tokens: a prompt is computed in chunks that end at multiples of so many tokens, each whole or not at all in a step, so that its
-    KV does not depend on what else the step computes; None: as much as fits.
+    chunk_tokens: a prompt is computed in chunks that end at multiples of so many tokens, each whole or not at all in a step, so
+    that its KV does not depend on what else the step computes; None: as much as fits.
     num_threads: of torch, for the whole process; None leaves it.  cuda_graphs: "auto" records decode steps on a GPU, "off" never.
     """
 
@@ -79,8 +79,8 @@ class EngineConfig:
             )
         if self.chunk_tokens + self.max_sequences - 1 > self.max_batch_tokens:
             raise ConfigError(
-                f"engine chunk_tokens={self.chunk_tokens}: a step of max_batch_tokens={self.max_batch_tokens} must have room for "
-                f"a chunk beside max_sequences={self.max_sequences} sequences but one that decode; lower it or raise max_batch_tokens"
+                f"engine chunk_tokens={self.chunk_tokens}: a step of max_batch_tokens={self.max_batch_tokens} must have room "
+                f"for a chunk while max_sequences={self.max_sequences} less one decode; lower it, or raise max_batch_tokens"
             )
 
 

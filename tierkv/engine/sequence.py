@@ -74,7 +74,8 @@ class Sequence:
 
     id: what connectors know it by; unique.  arrival: its rank; the youngest is pre-empted first.  tokens: prompt and output.
     num_computed: tokens whose KV is in `pages`; the last token has none while it is decoding.  num_offered: full blocks
-    the store has seen.  reuse: tokens whose KV the store may give; None: all.  hit, load: of the match under way.  rest: layers of the load that come while it runs.
+    the store has seen.  reuse: tokens whose KV the store may give; None: all.  hit, load: of the match under way.  rest: layers
+    of the load that come while it runs.
     """
 
     id: str

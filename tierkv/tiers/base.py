@@ -68,6 +68,16 @@ class Tier(ABC):
     waits: ClassVar[bool] = False
     """`wait` hears of what others write."""
 
+    @property
+    def lasting(self) -> bool:
+        """Does it hold near by what it holds for good? What is read from it is not copied to other tiers then."""
+        return False
+
+    @property
+    def num_blocks(self) -> int | None:
+        """Blocks that it holds, where it knows and nobody else counts them."""
+        return None
+
     @abstractmethod
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         """Tell which keys a `read` would probably find. No payload moves."""

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import ClassVar, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 from tierkv.daemon.blocks import Blocks
 from tierkv.daemon.client import DaemonClient, fatal
@@ -64,6 +64,14 @@ class DaemonTier(Tier):
     def url(self) -> str:
         """Where it is."""
         return self._client.url
+
+    def stats(self) -> dict[str, Any]:  # Any: JSON
+        """What the daemon tells of itself. Raises TierError while it is away."""
+        return self._asked(self._client.stats)
+
+    def pin(self, keys: Sequence[Key], *, ttl_s: float) -> str:
+        """Keep the leading ones of these blocks in the daemon's memory for a time; the name of the pin. Raises TierError."""
+        return self._asked(lambda: self.blocks.pin(keys, ttl_s=ttl_s))
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         """One round trip. Raises TierError while the daemon is away."""

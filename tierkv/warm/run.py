@@ -88,7 +88,8 @@ class Presence:
 class Warmer:
     """One run over a plan. into: the tiers at rest that shall have all of it.
 
-    progress: told of tokens that need no more work, those first that were there.  clock: seconds.
+    progress: told of tokens as they are computed; it may raise KeyboardInterrupt, between two steps.  skipped: of those that
+    are there already.  clock: seconds.
     """
 
     def __init__(
@@ -98,12 +99,13 @@ class Warmer:
         plan: Plan,
         *,
         into: "Sequence[Below]",
-        progress: Callable[[int], None],
+        progress: Callable[[int], None] = lambda tokens: None,
+        skipped: Callable[[int], None] = lambda tokens: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._engine, self._store, self._plan, self._progress, self._clock = engine, store, plan, progress, clock
         self._presence = Presence(plan, plan.keys(store.root), into, store)
-        self._into = into
+        self._skipped = skipped
         self._chunk = engine.config.chunk_tokens or CHUNK_TOKENS
         # What is queued to be saved pins its pages and its places in the host: leave most of both to what computes.
         rooms = [store.index.room(tier)[1] for tier in range(2)]
@@ -120,7 +122,7 @@ class Warmer:
         lacking = [number for number in pieces if self._presence.lacks(number)]
         done.held_tokens = sum(self._plan.pieces[number].num_tokens for number in set(pieces) - set(lacking))
         done.held_tokens += sum(self._reusable(number) - self._plan.pieces[number].start for number in lacking)
-        self._progress(done.held_tokens)
+        self._skipped(done.held_tokens)
         before, began = self._engine.stats.tokens, self._clock()
         try:
             for attempt in range(ROUNDS):
