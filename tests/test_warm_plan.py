@@ -77,4 +77,16 @@ def test_what_others_contain_and_what_is_shorter_than_a_block_has_no_piece() -> 
 def test_keys_are_those_of_the_whole_blocks() -> None:
     root = Namespace("m", Layout(1, 1, 4, "float32", block_tokens=BLOCK)).root()
     plan = planned([[1] * 9, [2] * 3])
-    assert [len(keys) for keys in plan.keys(root)] == [2, 0]
+    assert [len(keys) for keys in plan.keys(root)] == [2]
+    assert plan.path_keys(0, root) == plan.keys(root)[0]
+    assert plan.path_keys(1, root) == []
+
+
+@given(st.lists(TOKENS, max_size=10))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_keys_of_pieces_are_those_of_their_paths(documents: list[list[int]]) -> None:
+    root = Namespace("m", Layout(1, 1, 4, "float32", block_tokens=BLOCK)).root()
+    plan = planned(documents)
+    for piece, keys in zip(plan.pieces, plan.keys(root), strict=True):
+        blocks = plan.blocks(piece)
+        assert keys == plan.path_keys(piece.document, root)[blocks.start : blocks.stop]

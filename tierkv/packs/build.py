@@ -137,7 +137,7 @@ def build(
 def _make_room(folder: Path, plan: Plan, model: Model) -> None:
     """Start anew where an earlier build beside the same name was of other prompts, or another model."""
     mark = folder.with_name("what")
-    keys = b"".join(key for path in plan.keys(Namespace(model.facts.identity, model.layout).root()) for key in path)
+    keys = b"".join(key for piece in plan.keys(Namespace(model.facts.identity, model.layout).root()) for key in piece)
     wanted = hashlib.sha256(keys).hexdigest()
     if not mark.exists() or mark.read_text() != wanted:
         shutil.rmtree(folder, ignore_errors=True)

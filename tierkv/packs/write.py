@@ -82,15 +82,18 @@ def rows_of(plan: Plan, root: Key) -> Rows:
     """Number the blocks of a plan: parents before children, a document's own blocks in a row."""
     by_key: dict[Key, int] = {}
     rows = Rows([], [], [], [])
-    keys = plan.keys(root)
-    for piece in plan.pieces:
-        path = keys[piece.document]
-        for number in plan.blocks(piece):
-            by_key[path[number]] = len(rows.keys)
-            rows.keys.append(path[number])
-            rows.parents.append(by_key[path[number - 1]] if number else NO_PARENT)
+    by_key[root] = NO_PARENT
+    for piece, keys in zip(plan.pieces, plan.keys(root), strict=True):
+        blocks = plan.blocks(piece)
+        parent = plan.path_keys(piece.document, root)[blocks.start - 1] if blocks.start else root
+        for number, key in zip(blocks, keys, strict=True):
+            by_key[key] = len(rows.keys)
+            rows.keys.append(key)
+            rows.parents.append(by_key[parent])
             rows.paths.append((piece.document, number))
-    rows.last.extend(by_key[path[-1]] if path else None for path in keys)
+            parent = key
+    ends = (plan.path_keys(number, root) for number in range(len(plan.paths)))
+    rows.last.extend(by_key[path[-1]] if path else None for path in ends)
     return rows
 
 

@@ -53,8 +53,7 @@ def measure_prefill(loaded: "LoadedModel", plan: Plan) -> float:
 def needs(config: Config, layout: Layout, namespace: Namespace, plan: Plan, tiers: Sequence[str]) -> list[Need]:
     """What each of these tiers has of a plan, and lacks. Raises TierError for one that cannot be asked."""
     root = namespace.root(config.secret())
-    by_path = plan.keys(root)
-    keys = [by_path[piece.document][number] for piece in plan.pieces for number in plan.blocks(piece)]
+    keys = [key for of_piece in plan.keys(root) for key in of_piece]
     found = []
     with ExitStack() as opened:
         for name in tiers:

@@ -67,8 +67,26 @@ class Plan:
         return self.paths[piece.document][: piece.end * TOKEN_BYTES]
 
     def keys(self, root: Key) -> list[list[Key]]:
-        """Keys of each document's blocks."""
-        return [chain(root, path, block_tokens=self.block_tokens) for path in self.paths]
+        """Keys of the blocks of each piece: each block of the tree once, whatever share of the documents has it."""
+        step = self.block_tokens * TOKEN_BYTES
+        found: list[list[Key]] = []
+        for piece in self.pieces:
+            blocks = self.blocks(piece)
+            parent = self._key_before(blocks.start, piece.after, found) if blocks.start else root
+            tokens = self.paths[piece.document][blocks.start * step : blocks.stop * step]
+            found.append(chain(parent, tokens, block_tokens=self.block_tokens))
+        return found
+
+    def _key_before(self, block: int, after: int | None, found: Sequence[Sequence[Key]]) -> Key:
+        """The key of the block before `block`, of a piece that goes on after another, or branches off within or above it."""
+        while after is not None and self.blocks(self.pieces[after]).start >= block:
+            after = self.pieces[after].after
+        assert after is not None, "what a piece begins with lies in pieces that it waits for"
+        return found[after][block - 1 - self.blocks(self.pieces[after]).start]
+
+    def path_keys(self, document: int, root: Key) -> list[Key]:
+        """Keys of all whole blocks of a document."""
+        return chain(root, self.paths[document], block_tokens=self.block_tokens)
 
 
 def make_plan(documents: Sequence[bytes], *, block_tokens: int) -> Plan:

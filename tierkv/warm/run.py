@@ -50,12 +50,11 @@ class Warmed:
 class Presence:
     """Which blocks of a plan lie in which tier at rest."""
 
-    def __init__(self, plan: Plan, keys: Sequence[Sequence[Key]], tiers: "Sequence[Below]", store: "Store") -> None:
-        self._plan, self._keys, self._tiers, self._store = plan, keys, tiers, store
+    def __init__(self, plan: Plan, tiers: "Sequence[Below]", store: "Store") -> None:
+        self._plan, self._tiers, self._store = plan, tiers, store
         self.held: dict[str, set[Key]] = {}
-        self._wanted = [
-            keys[piece.document][number] for piece in plan.pieces for number in plan.blocks(piece)
-        ]  # each once: pieces are parts of a tree
+        self._keys = plan.keys(store.root)
+        self._wanted = [key for keys in self._keys for key in keys]
 
     def ask(self) -> None:
         """Look again. Raises TierError when a tier does not answer."""
@@ -72,17 +71,13 @@ class Presence:
 
     def lacks(self, number: int) -> bool:
         """Whether some tier lacks a block of a piece."""
-        piece = self._plan.pieces[number]
-        keys = self._keys[piece.document]
-        return any(keys[at] not in held for held in self.held.values() for at in self._plan.blocks(piece))
+        return not all(held.issuperset(self._keys[number]) for held in self.held.values())
 
-    def leading(self, document: int) -> int:
-        """Tokens from the first on of which every block lies in some tier."""
-        keys = self._keys[document]
-        count = next(
-            (at for at, key in enumerate(keys) if not any(key in held for held in self.held.values())), len(keys)
-        )
-        return count * self._plan.block_tokens
+    def leading(self, number: int) -> int:
+        """Up to which token of its path the blocks of a piece lie in some tier, from its first one on."""
+        keys = self._keys[number]
+        absent = (at for at, key in enumerate(keys) if not any(key in held for held in self.held.values()))
+        return (self._plan.blocks(self._plan.pieces[number]).start + next(absent, len(keys))) * self._plan.block_tokens
 
 
 class Warmer:
@@ -104,7 +99,7 @@ class Warmer:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._engine, self._store, self._plan, self._progress, self._clock = engine, store, plan, progress, clock
-        self._presence = Presence(plan, plan.keys(store.root), into, store)
+        self._presence = Presence(plan, into, store)
         self._skipped = skipped
         self._chunk = engine.config.chunk_tokens or CHUNK_TOKENS
         # What is queued to be saved pins its pages and its places in the host: leave most of both to what computes.
@@ -184,7 +179,7 @@ class Warmer:
     def _reusable(self, number: int) -> int:
         """Tokens that a piece takes from the store: up to where it begins, or to the last fixed place that was reached."""
         piece = self._plan.pieces[number]
-        leading = self._presence.leading(piece.document)
+        leading = self._presence.leading(number)
         if leading >= piece.end:
             return piece.end - 1  # one tier has all of it, another not: only the last token is computed
         return max(piece.start, leading // self._chunk * self._chunk)
