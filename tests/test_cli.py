@@ -22,7 +22,7 @@ LLAMA_3_8B = {
     "model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
     "num_hidden_layers": 32, "torch_dtype": "bfloat16",
 }  # fmt: skip
-COMMANDS = ("demo", "generate", "config", "inspect", "size", "simulate", "explain", "stats")
+COMMANDS = ("demo", "generate", "config", "inspect", "size", "simulate", "explain", "stats", "warm")
 
 
 @pytest.fixture(autouse=True)

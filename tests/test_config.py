@@ -92,6 +92,44 @@ def test_configuration_file_is_found_in_order(tmp_path: Path) -> None:
     assert load(tmp_path / "flag.toml", environ).config.engine.seed == 3
 
 
+def test_tiers_may_be_listed_and_packs_add_up() -> None:
+    got = loaded(
+        '[pack]\npaths = ["a.zip"]\n[[tiers]]\nkind = "disk"\npath = "kv"\ncapacity = "1GiB"\n'
+        '[[tiers]]\nkind = "pack"\npath = "b"\nsigners = "' + "ab" * 32 + '"\n'
+        '[[tiers]]\nkind = "pack"\npath = "s3://bucket/c"\n'
+    ).config
+    assert (got.disk.path, got.disk.capacity) == (Path("kv"), 1 << 30)
+    assert got.pack.paths == (Path("a.zip"), Path("b"), "s3://bucket/c")
+    assert got.pack.signers == ("ab" * 32,)
+
+
+def test_a_pack_of_a_file_is_relative_to_that_file() -> None:
+    Path("etc").mkdir()
+    Path("etc/my.toml").write_text('[[tiers]]\nkind = "pack"\npath = "hand.zip"\n')
+    assert load("etc/my.toml", {}).config.pack.paths == (Path("etc/hand.zip"),)
+
+
+@pytest.mark.parametrize(
+    ("toml", "told"),
+    [
+        ('[[tiers]]\npath = "a"\n', "expected one of device, host, disk, redis, daemon, pack"),
+        ('[[tiers]]\nkind = "tape"\n', '"tape": expected one of'),
+        ('[[tiers]]\nkind = "pack"\n', "a pack without a path"),
+        ('[[tiers]]\nkind = "disk"\npaht = "kv"\n', "did you mean disk.path"),
+        ('[disk]\npath = "a"\n[[tiers]]\nkind = "disk"\npath = "b"\n', "disk.path is given twice"),
+        ('[tiers]\nkind = "pack"\n', "write [[tiers]]"),
+        ("tiers = 3\n", "write [[tiers]]"),
+        ('[[tiers]]\nkind = "pack"\npath = 3\n', "pack.paths = [3]: expected folders or zip files"),
+        ('[[tiers]]\nkind = "pack"\npath = "ftp://host/p"\n', "expected folders or zip files"),
+        ('[pack]\nshard = "2/2"\n', "rank/size, such as 0/2"),
+    ],
+)
+def test_a_wrong_list_of_tiers_is_told(toml: str, told: str) -> None:
+    with pytest.raises(ConfigError, match="tierkv.toml") as error:
+        loaded(toml)
+    assert told in str(error.value)
+
+
 def test_relative_path_in_a_file_is_relative_to_that_file(tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()
     Path("etc/my.toml").write_text('[disk]\npath = "kv"\n')

@@ -213,7 +213,7 @@ KV = ("--set", "disk.path=kv")
 @pytest.mark.parametrize(
     ("arguments", "told", "code"),
     [
-        (("explain", "hi"), "set disk.path or redis.url", 2),
+        (("explain", "hi"), "set disk.path, redis.url or pack.paths", 2),
         (("explain", *KV), "there is no prompt", 2),
         (("explain", "hi", *KV), "name a model", 2),
         (("explain", "hi", "--tokens", "good", *KV), "both given", 2),

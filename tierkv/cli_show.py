@@ -1,6 +1,7 @@
 """Commands that only look: `config`, `size`, `inspect`."""
 
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -53,7 +54,7 @@ def _option(loaded: Loaded, name: str) -> dict[str, object]:
     option = OPTIONS[name]
     section, key = name.split(".")
     return {
-        "value": loaded.show(name) if key == "url" else getattr(getattr(loaded.config, section), key),
+        "value": loaded.show(name) if key in ("url", "endpoint", "paths") else getattr(getattr(loaded.config, section), key),
         "from": loaded.origins[name],
         "default": option.default,
         "variable": option.variable,
@@ -137,6 +138,8 @@ def _report(target: str, prefix: str) -> dict[str, Any]:  # Any: values of a rep
         return asdict(inspect_server(target, prefix=prefix))
     from tierkv.tiers.disk_inspect import inspect_folder
 
+    if zipfile.is_zipfile(target) or (Path(target) / "keys").is_dir():
+        raise ConfigError(f"{target} looks like a pack: see `tierkv pack inspect`")
     if not Path(target).is_dir():
         raise ConfigError(f"{target} is no folder and no URL: give the folder of a disk tier, or redis://host:6379")
     return asdict(inspect_folder(target))

@@ -371,7 +371,7 @@ class Loaded:
         if isinstance(value, tuple):
             return hide_password(", ".join(map(str, value)))
         if isinstance(value, str | Path):
-            return hide_password(str(value)) if key == "url" else str(value)
+            return hide_password(str(value)) if key in ("url", "endpoint") else str(value)
         return cast(int | float | None, value)
 
 

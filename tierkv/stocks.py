@@ -26,9 +26,12 @@ def open_stocks(config: Config) -> Iterator[list[Stock]]:
             stocks.append(disk_stock(config.disk.path, policy=config.disk.policy))
         if config.redis.url is not None:
             stocks.append(_redis_stock(config.redis.url, config.redis.prefix, opened))
+        if config.pack.paths is not None:
+            stocks.append(_pack_stock(config))
         if not stocks:
             raise ConfigError(
-                "there is no tier at rest to look into: set disk.path or redis.url, as the store that you ask about has them"
+                "there is no tier at rest to look into: set disk.path, redis.url or pack.paths, as the store that you ask about "
+                "has them"
             )
         yield stocks
 
@@ -55,6 +58,22 @@ def disk_stock(path: Path, *, policy: str | None) -> Stock:
         return history.departed.get(key[:PREFIX_BYTES])
 
     return Stock("disk", contains, departed, policy, history.namespaces)
+
+
+def _pack_stock(config: Config) -> Stock:
+    """Mounted packs, under the names that their blocks have for the configured tenant."""
+    from tierkv.building import each_pack
+
+    held: set[Key] = set()
+    namespaces: dict[Key, Fields] = {}
+    for pack in each_pack(config):
+        with pack:
+            manifest = pack.manifest
+            namespace = Namespace(manifest.facts.identity, manifest.layout, manifest.adapter, config.store.tenant)
+            root = namespace.root(config.secret())
+            held.update(pack.keys_under(root))
+            namespaces[root] = namespace.fields()
+    return Stock("pack", lambda keys: [key in held for key in keys], namespaces=namespaces)
 
 
 def _redis_stock(url: str, prefix: str, opened: ExitStack) -> Stock:
