@@ -151,6 +151,21 @@ def test_of_conversations_only_the_system_prompt_is_kept_when_asked_so(shell: Sh
     assert done["unique_tokens"] > len(system["content"]) - 16
 
 
+def test_a_text_as_a_message_is_what_chats_about_it_begin_with(shell: Shell, tiny: Path) -> None:
+    from tierkv import open_engine
+    from tierkv.engine import SamplingParams
+
+    text = "The lamp is lit at dusk, and the log is written at eight. " * 2
+    Path("handbook.md").write_text(text)
+    done = shell.json("warm", "handbook.md", "--chat", *options(tiny, "--set", "disk.path=kv"))
+    assert done["computed_tokens"] == done["unique_tokens"] >= len(text) - 16
+    for question in ("\n\nWhen?", " Who?", "\n7 what"):
+        with open_engine(tiny, Config(disk=DiskConfig(path=Path("kv")))) as (engine, _):
+            prompt = engine.chat_prompt([{"role": "user", "content": text + question}])
+            output = engine.generate([prompt], SamplingParams(max_tokens=2))[0]
+        assert output.stats.sources["disk"] >= done["unique_tokens"]
+
+
 def test_a_dry_run_tells_what_a_real_one_does_and_changes_nothing(shell: Shell, tiny: Path, docs: Path) -> None:
     asked = options(tiny, "--set", "disk.path=kv", "--set", "disk.capacity=4MiB")
     told = shell.json("warm", "docs", "--dry-run", *asked)

@@ -36,6 +36,12 @@ SystemOnly = Annotated[
 ]
 
 
+AsMessage = Annotated[
+    bool,
+    typer.Option("--chat", help="A text is what a user's first message begins with, in the model's chat template."),
+]
+
+
 def model_name(model: str | None, config: Config) -> str:
     """The model that was named. Raises ConfigError when none was."""
     name = model or config.engine.model
@@ -69,7 +75,7 @@ def load(name: str, config: Config) -> "LoadedModel":
 
 
 def documents_of(
-    inputs: "Inputs", loaded: "LoadedModel", *, system_only: bool
+    inputs: "Inputs", loaded: "LoadedModel", *, system_only: bool, as_message: bool
 ) -> "tuple[Sequence[Document], Sequence[Skipped]]":
     """Tokenise the inputs. Raises InputError when the model cannot take them, or none of them is left."""
     from tierkv.engine.loading import max_context
@@ -82,6 +88,7 @@ def documents_of(
         max_tokens=(context or 1 << 30) - 1,
         vocab_size=loaded.weights.config.get_text_config().vocab_size,
         system_only=system_only,
+        as_message=as_message,
     )
     skipped = [*inputs.skipped, *rendered.skipped]
     if not rendered.documents:

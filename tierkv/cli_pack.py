@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from tierkv import cli_inputs
-from tierkv.cli_inputs import Given, Glob, MaxFileSize, Model, SystemOnly
+from tierkv.cli_inputs import AsMessage, Given, Glob, MaxFileSize, Model, SystemOnly
 from tierkv.cli_options import (
     AsJson,
     ConfigFile,
@@ -63,6 +63,7 @@ def build(
     glob: Glob = "**/*",
     max_file_size: MaxFileSize = "16MiB",
     system_only: SystemOnly = False,
+    as_message: AsMessage = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -88,7 +89,7 @@ def build(
         raise PackError(f"{out}: there is no folder {out.absolute().parent}: make it, or give another place")
     inputs = cli_inputs.read(given, glob=glob, max_file_size=max_file_size)
     loaded = cli_inputs.load(name, settings)
-    documents, skipped = cli_inputs.documents_of(inputs, loaded, system_only=system_only)
+    documents, skipped = cli_inputs.documents_of(inputs, loaded, system_only=system_only, as_message=as_message)
     if not as_json:
         cli_inputs.tell_skipped(skipped)
     total = sum(document.num_tokens for document in documents)

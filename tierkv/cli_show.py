@@ -54,7 +54,9 @@ def _option(loaded: Loaded, name: str) -> dict[str, object]:
     option = OPTIONS[name]
     section, key = name.split(".")
     return {
-        "value": loaded.show(name) if key in ("url", "endpoint", "paths") else getattr(getattr(loaded.config, section), key),
+        "value": loaded.show(name)
+        if key in ("url", "endpoint", "paths")
+        else getattr(getattr(loaded.config, section), key),
         "from": loaded.origins[name],
         "default": option.default,
         "variable": option.variable,

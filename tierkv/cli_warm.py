@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from tierkv import cli_inputs
-from tierkv.cli_inputs import Given, Glob, MaxFileSize, Model, SystemOnly
+from tierkv.cli_inputs import AsMessage, Given, Glob, MaxFileSize, Model, SystemOnly
 from tierkv.cli_options import (
     AsJson,
     ConfigFile,
@@ -51,6 +51,7 @@ def warm(
     glob: Glob = "**/*",
     max_file_size: MaxFileSize = "16MiB",
     system_only: SystemOnly = False,
+    as_message: AsMessage = False,
     tenant: Annotated[
         str | None, typer.Option("--tenant", help="Whose prompts they are; default: store.tenant.")
     ] = None,
@@ -92,7 +93,7 @@ def warm(
     settings = _only(settings, tiers, tenant=tenant, ttl_s=seconds, chunk=settings.engine.chunk_tokens or CHUNK_TOKENS)
     inputs = cli_inputs.read(given, glob=glob, max_file_size=max_file_size)
     loaded = cli_inputs.load(name, settings)
-    documents, skipped = cli_inputs.documents_of(inputs, loaded, system_only=system_only)
+    documents, skipped = cli_inputs.documents_of(inputs, loaded, system_only=system_only, as_message=as_message)
     if not as_json:
         cli_inputs.tell_skipped(skipped)
     plan = make_plan([document.tokens for document in documents], block_tokens=settings.store.block_tokens)

@@ -68,6 +68,7 @@ def render(
     max_tokens: int,
     vocab_size: int,
     system_only: bool = False,
+    as_message: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Rendered:
     """Tokenise items as the engine does: `add` for texts, `chat_prompt` for conversations.
@@ -75,13 +76,18 @@ def render(
     A conversation that ends with an assistant's turn is rendered as it is, others up to where the assistant begins.
     max_tokens: longer documents are skipped, never cut.  tokenizer: may be None if all items are token ids.
     system_only: of conversations, what is the same whatever the user says first; texts and token ids have no turns and stay
-    whole.  progress: called with the number of items done, after each.
+    whole.  as_message: a text is what a user's first message begins with, in the model's chat template.
+    progress: called with the number of items done, after each.
     Raises InputError for items that this model cannot take: no tokenizer or chat template, or ids it does not know.
     """
     documents: list[Document] = []
     skipped: list[Skipped] = []
     for number, item in enumerate(items, 1):
-        document = _document(item, tokenizer, system_only=system_only)
+        if as_message and isinstance(item, Text):
+            item = Conversation(item.name, ({"role": "user", "content": item.text},), None, item.where)
+            document = _document(item, tokenizer, part=_message)
+        else:
+            document = _document(item, tokenizer, part=_head if system_only else None)
         if document is None or not document.tokens:
             skipped.append(Skipped(item.name, "empty"))
         elif document.num_tokens > max_tokens:
@@ -95,7 +101,9 @@ def render(
     return Rendered(tuple(documents), tuple(skipped))
 
 
-def _document(item: Item, tokenizer: Tokenizer | None, *, system_only: bool) -> Document | None:
+def _document(
+    item: Item, tokenizer: Tokenizer | None, *, part: "Callable[[Conversation, Tokenizer], Document] | None"
+) -> Document | None:
     if isinstance(item, TokenIds):
         return Document(item.name, item.tokens)
     if tokenizer is None:
@@ -106,7 +114,7 @@ def _document(item: Item, tokenizer: Tokenizer | None, *, system_only: bool) -> 
         _fail(
             item, "messages, and this model has no chat template", "render them yourself and give the text as a prompt"
         )
-    return _head(item, tokenizer) if system_only else _tokenised(item, _chat(item, item.messages, tokenizer), tokenizer)
+    return part(item, tokenizer) if part else _tokenised(item, _chat(item, item.messages, tokenizer), tokenizer)
 
 
 def _tokenised(item: Item, text: str, tokenizer: Tokenizer) -> Document:
@@ -168,7 +176,18 @@ def _head(item: Conversation, tokenizer: Tokenizer) -> Document:
     users = [at for at, message in enumerate(item.messages) if message["role"] == "user"]
     before = item.messages[: users[0]] if users else item.messages
     user: Message = item.messages[users[0]] if users else {"role": "user", "content": _BEGINNINGS[0]}
-    turns = [user, *({**user, "content": words} for words in _BEGINNINGS)]
+    return _common(item, before, [user, *({**user, "content": words} for words in _BEGINNINGS)], tokenizer)
+
+
+def _message(item: Conversation, tokenizer: Tokenizer) -> Document:
+    """What every request begins with whose first message, a user's, begins with this text."""
+    text = item.messages[0]["content"]
+    turns: list[Message] = [{"role": "user", "content": text + words} for words in _BEGINNINGS]
+    return _common(item, (), turns, tokenizer)
+
+
+def _common(item: Conversation, before: Sequence[Message], turns: Sequence[Message], tokenizer: Tokenizer) -> Document:
+    """The tokens of the first of these requests that all others have, too, before their texts part."""
     texts = [_chat(item, [*before, turn], tokenizer) for turn in turns]
     real, *others = (_tokenised(item, text, tokenizer) for text in texts)
     parting = min(_num_shared(texts[0], text) for text in texts[1:])
