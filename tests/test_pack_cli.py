@@ -85,6 +85,16 @@ def test_a_build_that_was_ended_goes_on_and_is_the_same_bytes(shell: Shell, tiny
     assert digests(Path("kept")) == digests(Path("whole"))
 
 
+def test_a_full_disk_leaves_nothing_under_the_name_of_the_pack(shell: Shell, tiny: Path, docs: Path) -> None:
+    command = ["pack", "build", "--model", str(tiny), "--out", "kept", "docs", "--json"]
+    run = ended(command, cwd=Path.cwd(), most_file_bytes=200_000)
+    assert run.returncode == 1
+    assert "no room" in run.stderr.splitlines()[-1] and "Traceback" not in run.stderr
+    assert not Path("kept").exists()
+    build(shell, tiny, "kept")
+    assert sorted(os.listdir()) == ["docs", "kept"]
+
+
 def test_other_inputs_under_the_same_name_start_anew(shell: Shell, tiny: Path, docs: Path) -> None:
     command = ["pack", "build", "--model", str(tiny), "--out", "kept", "docs", "--json"]
     ended(command, after=100, by=signal.SIGINT, cwd=Path.cwd())

@@ -2,6 +2,8 @@
 
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from tests.daemon_parts import running
 from tests.test_cli import Shell
 from tests.warm_parts import contents, ended, result, save_tiny, write_documents
 from tierkv.config import Config, DiskConfig
+from tierkv.tiers.disk_files import FolderLock
 from tierkv.valkey import EmbeddedValkey
 
 SHARED = "You are the keeper of a light. Answer from the handbook. " * 2
@@ -268,6 +271,32 @@ def test_no_more_pages_than_one_prompt_needs_are_enough(shell: Shell, tiny: Path
     tight = ("--set", "device.capacity=96KiB", "--set", "host.capacity=96KiB", "--set", "transfer.save_queue_blocks=4")
     done = shell.json("warm", "docs", *options(tiny, "--set", "disk.path=kv", *tight))
     assert done["tiers"][0]["missing"] == 0
+
+
+def test_a_full_disk_ends_the_run_with_a_reason_and_the_next_goes_on(shell: Shell, tiny: Path, docs: Path) -> None:
+    command = ["warm", "docs", *options(tiny, "--json", "--set", "disk.path=kv", "--set", "engine.max_batch_tokens=32")]
+    command += ["--set", "engine.chunk_tokens=16", "--set", "engine.max_sequences=1"]
+    run = ended(command, cwd=Path.cwd(), most_file_bytes=200_000)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("error: disk (kv) has no room on its disk"), run.stderr
+    assert "Traceback" not in run.stderr
+    done = json.loads(shell.ok(*command))
+    assert done["tiers"][0]["missing"] == 0
+
+
+def test_a_folder_that_an_engine_has_open_is_told_of(shell: Shell, tiny: Path, docs: Path) -> None:
+    shell.json("warm", "docs", *options(tiny, "--set", "disk.path=kv"))
+    with locked(Path("kv")):
+        assert "is in use by process" in shell.error("warm", "docs", *options(tiny, "--set", "disk.path=kv"), code=1)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    lock = FolderLock(folder)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @pytest.mark.model

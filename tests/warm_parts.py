@@ -74,10 +74,15 @@ def contents(folder: Path) -> dict[bytes, bytes]:
 
 
 def ended(
-    arguments: Sequence[str], *, after: int = 0, by: int = 0, cwd: Path | None = None
+    arguments: Sequence[str], *, after: int = 0, by: int = 0, cwd: Path | None = None, most_file_bytes: int | None = None
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command in a process that sends itself a signal once so many tokens are computed; 0: it runs to its end."""
+    """Run a command in a process that sends itself a signal once so many tokens are computed; 0: it runs to its end.
+
+    most_file_bytes: no file may grow beyond it, as if the disk were full.
+    """
     command = [sys.executable, "-c", _ENDING, str(after), str(by), *arguments]
+    if most_file_bytes is not None:
+        command = ["prlimit", f"--fsize={most_file_bytes}", *command]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,7 +175,9 @@ def each_pack(config: Config) -> "Iterator[Pack]":
         return
     from tierkv.packs.pack import open_pack
 
-    trusted, remote = signers_of(config), remote_of(config)
+    trusted = signers_of(config)
+    # Who waits for a block waits no longer than a load does, and then computes it.
+    remote = replace(remote_of(config), timeout_s=config.transfer.load_deadline_s, retries=1)
     for place in config.pack.paths:
         yield open_pack(place, trusted=trusted, remote=remote)
 

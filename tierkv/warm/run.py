@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from tierkv.errors import TierError
 from tierkv.keys import Key
+from tierkv.tiers.base import Miss
 from tierkv.warm.plan import Plan
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ ROUNDS: Final = 3
 """How often pieces are computed whose blocks did not come to rest: a queue was full, a tier away for a while."""
 STEPS_AHEAD: Final = 3
 """Requests are given to the engine for so many full steps: enough to fill each, and little is lost at an interruption."""
+MOST_FAILED: Final = 256
+"""Blocks that may get lost on their way to a tier before it is given up; they are computed again."""
 _PAUSE_S: Final = 0.05
 
 
@@ -100,7 +103,7 @@ class Warmer:
     ) -> None:
         self._engine, self._store, self._plan, self._progress, self._clock = engine, store, plan, progress, clock
         self._presence = Presence(plan, into, store)
-        self._skipped = skipped
+        self._skipped, self._into = skipped, into
         self._chunk = engine.config.chunk_tokens or CHUNK_TOKENS
         # What is queued to be saved pins its pages and its places in the host: leave most of both to what computes.
         rooms = [store.index.room(tier)[1] for tier in range(2)]
@@ -124,9 +127,10 @@ class Warmer:
                 self._compute(lacking, again=attempt > 0)
                 self._settle()
                 self._presence.ask()
-                lacking = [number for number in lacking if self._presence.lacks(number)]
-                if not lacking:
+                left = [number for number in lacking if self._presence.lacks(number)]
+                if not left or (attempt and len(left) == len(lacking)):
                     break
+                lacking = left
                 self._store.evict_device()  # what lies there is not offered to the tiers below a second time
         except KeyboardInterrupt:
             done.interrupted = True
@@ -172,9 +176,23 @@ class Warmer:
                             heappush(ready, follower)
                 while self._store.mover.num_queued > self._most_queued:
                     self._store.flush(_PAUSE_S)
+                self._refuse_losses()
         finally:
             for request in running:
                 self._engine.abort(request)
+
+    def _refuse_losses(self) -> None:
+        """Stop when a tier does not take what it is given: hours of computing for nothing otherwise."""
+        dropped = self._store.metrics.saves_dropped
+        for below in self._into:
+            full = dropped.value("disk", "full") if below.name == "disk" else 0
+            failed = sum(dropped.value(below.name, reason) for reason in (Miss.FAILED, Miss.DOWN, "full", "down"))
+            if full or failed > MOST_FAILED:
+                what = "has no room on its disk" if full else "fails"
+                raise TierError(
+                    f"{below.name} ({below.place}) {what}: {int(failed)} blocks were not kept (see the warnings above); "
+                    "mend that and start again: it goes on from here"
+                )
 
     def _reusable(self, number: int) -> int:
         """Tokens that a piece takes from the store: up to where it begins, or to the last fixed place that was reached."""
