@@ -48,7 +48,11 @@ def diff(left: Pack, right: Pack) -> Difference:
         added=tuple(sorted(after.keys() - before.keys())),
         removed=tuple(sorted(before.keys() - after.keys())),
         changed=tuple(
-            sorted(name for name in before.keys() & after.keys() if _content(before[name]) != _content(after[name]))
+            sorted(
+                name
+                for name in before.keys() & after.keys()
+                if _content(left, before[name]) != _content(right, after[name])
+            )
         ),
         shared=len(both),
         left=len(ours) - len(both),
@@ -57,8 +61,10 @@ def diff(left: Pack, right: Pack) -> Difference:
     )
 
 
-def _content(document: Document) -> tuple[str, int]:
-    return document.sha256, document.num_tokens
+def _content(pack: Pack, document: Document) -> tuple[str, int, bytes]:
+    """What must be equal for two documents to be one; the last key stands for all of its blocks, whatever else is said."""
+    last = b"" if document.last is None else pack.keys[document.last].tobytes()
+    return document.sha256, document.num_tokens, last
 
 
 def _misfits(left: Pack, right: Pack) -> list[str]:
@@ -84,19 +90,20 @@ def merge(packs: Sequence[Pack], out: Path, *, progress: Callable[[int], None] =
         if misfits := _misfits(first, pack):
             raise PackError(f"{pack.place} cannot be merged with {first.place}: {', '.join(misfits)}")
     step = first.layout.block_tokens
-    named: dict[str, Document] = {}
+    named: dict[str, tuple[str, int, bytes]] = {}
     sources: list[Source] = []
     paths: list[bytes] = []
     for pack in packs:
         spans, tokens = pack.array("spans"), pack.tokens
         for number, document in enumerate(pack.manifest.documents):
-            same = named.setdefault(document.name, document)
-            if same is not document:
-                if _content(same) != _content(document):
+            content = _content(pack, document)
+            if document.name in named:
+                if named[document.name] != content:
                     raise PackError(
                         f"{pack.place}: document {document.name} is another than the one of that name before; rename one"
                     )
                 continue
+            named[document.name] = content
             rows = [] if document.last is None else pack.path(document.last)
             paths.append(tokens[rows].tobytes())
             sources.append(

@@ -46,12 +46,13 @@ def make_key(path: Path) -> str:
 
 def read_private(path: Path) -> "Ed25519PrivateKey":
     """A private key. Raises PackError."""
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
         key = load_pem_private_key(_read(path), password=None)
-    except (ValueError, TypeError):  # no PEM; encrypted
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # no PEM; encrypted; a curve that it does not know
         raise _no_key(path, "an unencrypted private key in PEM form") from None
     if not isinstance(key, Ed25519PrivateKey):
         raise _no_key(path, "an Ed25519 private key")
@@ -63,6 +64,7 @@ def read_public(given: str | Path) -> str:
 
     Raises PackError.
     """
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -76,7 +78,7 @@ def read_public(given: str | Path) -> str:
         return _hex(read_private(path).public_key())
     try:
         key = load_pem_public_key(data)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         raise _no_key(path, "a public key in PEM form, or 64 hex digits") from None
     if not isinstance(key, Ed25519PublicKey):
         raise _no_key(path, "an Ed25519 public key")
@@ -125,8 +127,9 @@ def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_KEY_FILE + 1)
-    except OSError as error:
-        raise PackError(f"{path}: {error.strerror}; give the file of a key") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in its name
+        why = error.strerror if isinstance(error, OSError) else error
+        raise PackError(f"{path}: {why}; give the file of a key") from None
     if len(data) > _MAX_KEY_FILE:
         raise _no_key(path, "a file of a few hundred bytes")
     return data

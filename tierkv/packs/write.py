@@ -9,10 +9,11 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from tierkv import __version__
 from tierkv.errors import PackError
@@ -278,7 +279,7 @@ def sign_in_place(place: Path, raw: Mapping[str, Any], signatures: Sequence[Sign
     read_root(root, place=str(place))  # such as too many signatures: what would be refused later is not written
     with _told(place):
         if place.is_dir():
-            with replace(place / ROOT) as file:
+            with _kept(place / ROOT) as file:
                 file.write(root)
             return
         from tierkv.packs.files import ZipFiles, open_files
@@ -286,7 +287,17 @@ def sign_in_place(place: Path, raw: Mapping[str, Any], signatures: Sequence[Sign
         with open_files(place) as files:
             assert isinstance(files, ZipFiles), "a pack that is no folder is a zip file"
             sizes = files.sizes()
-            write_zip(place, ((name, *_copied(files, name, sizes[name], root)) for name in in_order(sizes)))
+            with _kept(place) as file:
+                write_zip(file, ((name, *_copied(files, name, sizes[name], root)) for name in in_order(sizes)))
+
+
+@contextlib.contextmanager
+def _kept(path: Path) -> Iterator[BinaryIO]:
+    """New content for a file whose permissions stay: what others might not read they may not read now. Links lead to it."""
+    path = path.resolve()
+    with replace(path) as file:
+        os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+        yield file
 
 
 def _copied(files: Any, name: str, size: int, root: bytes) -> tuple[int, Iterable[bytes | memoryview]]:  # Any: ZipFiles

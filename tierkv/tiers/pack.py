@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from typing import ClassVar, Final
 
 import numpy as np
@@ -25,6 +26,13 @@ from tierkv.tiers.base import Miss, Run, Tier
 MAX_NAMES: Final = 1 << 23
 """Keys that are remembered, of all namespaces: about a GiB."""
 _BAD_LOGGED: Final = 3
+_FAILURES: Final = 3
+_FIRST_S: Final = 1.0
+_LONGEST_S: Final = 60.0
+"""After so many reads in a row of which nothing came, a pack has nothing for a second, and twice that each time up to this.
+
+A breaker around the tier would not open: asking what is there costs no read, and goes well however far the files are away.
+"""
 log = logging.getLogger("tierkv")
 
 
@@ -81,9 +89,11 @@ class PackTier(Tier):
         self._found: dict[Key, tuple[int, int]] = {}  # key -> pack and row
         self._known: set[Key] = set()  # roots
         self._bad: set[tuple[int, int]] = set()
+        self._failures = [0] * len(self.packs)  # in a row
+        self._until = [-inf] * len(self.packs)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        self._active, self._closed, self._logged = 0, False, 0
+        self._active, self._closed, self._logged, self._full = 0, False, 0, False
         for pack in self.packs:
             self._check_layout(pack)
         metrics.blocks_used.read_from(lambda: float(self.num_blocks), self.name)
@@ -130,28 +140,36 @@ class PackTier(Tier):
         """Find blocks under the names that they have in a namespace, too; False where no pack is for its model."""
         if root in self._known:
             return True
+        fitting = [(number, pack) for number, pack in enumerate(self.packs) if self.mismatch(pack, namespace) is None]
+        num_names = len(self._found) + sum(pack.num_blocks for _, pack in fitting)
+        if not fitting or not self._have_room(num_names):  # before anything is hashed: strangers may ask for it, too
+            return False
         found: dict[Key, tuple[int, int]] = {}
-        for number, pack in enumerate(self.packs):
-            if self.mismatch(pack, namespace) is None:
-                for row, key in enumerate(pack.keys_under(root)):
-                    found.setdefault(key, (number, row))
+        for number, pack in fitting:
+            for row, key in enumerate(pack.keys_under(root)):
+                found.setdefault(key, (number, row))
         with self._lock:
-            if len(self._found) + len(found) > MAX_NAMES:
-                log.warning(
-                    "packs are known under %d names already: not under those of one more namespace", len(self._found)
-                )
-                return False
             self._known.add(root)
             self._found |= found
-        return bool(found)
+        return True
+
+    def _have_room(self, num_names: int) -> bool:
+        if num_names <= MAX_NAMES:
+            return True
+        if not self._full:
+            self._full = True
+            log.warning("packs have %d names already: none in more namespaces (tenants)", len(self._found))
+        return False
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         """From memory."""
+        now = self._clock()
         with self._lock:
             if self._closed:
                 return [False] * len(keys)
+            away = [now < until for until in self._until]
             places = [self._found.get(key) for key in keys]
-            return [place is not None and place not in self._bad for place in places]
+            return [place is not None and place not in self._bad and not away[place[0]] for place in places]
 
     def read(self, keys: Sequence[Key], outs: Sequence[memoryview], *, deadline_s: float | None = None) -> list[bool]:
         """Raises LayoutError when an `out` is not as long as a block, TierError when nothing at all could be read."""
@@ -190,9 +208,10 @@ class PackTier(Tier):
                     wrong.append(answer)
                     if answer.broken:
                         self._found_bad(number, row, answer.why)
-        self._count(wrong, absent=places.count(None), good=sum(found), seconds=self._clock() - began)
+            self._note_failure(number, answers)
         if wrong and len(wrong) == len(places) and not any(one.broken or one.late for one in wrong):
-            raise TierError(f"pack {self.place}: {wrong[0].why}")
+            raise TierError(f"pack {self.place}: {wrong[0].why}")  # who hears of it counts the misses
+        self._count(wrong, absent=places.count(None), good=sum(found), seconds=self._clock() - began)
         return found
 
     def _read_pack(
@@ -226,6 +245,22 @@ class PackTier(Tier):
                 "pack %s: %s; it is a miss from now on (see `tierkv pack verify`)", self.packs[number].place, why
             )
 
+    def _note_failure(self, number: int, answers: Sequence[Wrong | None]) -> None:
+        failed = [one.why for one in answers if one and not (one.broken or one.late)]
+        if len(failed) < len(answers):
+            if None in answers:
+                self._failures[number] = 0
+            return
+        with self._lock:
+            self._failures[number] += 1
+            beyond = self._failures[number] - _FAILURES
+            if beyond < 0:
+                return
+            pause = min(_LONGEST_S, _FIRST_S * 2 ** min(beyond, 10))
+            self._until[number] = self._clock() + pause
+        self._metrics.tier_down.add(1, self.name)
+        log.warning("pack %s is left alone for %.0f s: %s", self.packs[number].place, pause, failed[0])
+
     def _count(self, wrong: Sequence[Wrong], *, absent: int, good: int, seconds: float) -> None:
         reasons = {
             Miss.CORRUPT: sum(one.broken for one in wrong),
@@ -246,9 +281,10 @@ class PackTier(Tier):
         return self.contains(run.keys)
 
     def delete(self, keys: Sequence[Key]) -> None:
-        """Offer these no more; the pack stays as it is."""
+        """Offer these no more; the pack stays as it is, and so do its blocks under the names that others have for them."""
         with self._lock:
-            self._bad |= {place for key in keys if (place := self._found.get(key)) is not None}
+            for key in keys:
+                self._found.pop(key, None)
 
     def scan(self) -> Iterator[Run]:
         """Nothing: it is asked, not remembered."""
