@@ -109,7 +109,6 @@ def test_who_may_only_read_finds_packs_in_a_namespace_that_no_secret_hides(
     token_file = tmp_path / "tokens"
     token_file.write_text(f"read:{READ}\n{WRITE}\n")
     with over(tmp_path, place, token_file=token_file) as daemon:
-        assert client(daemon, token=WRITE).seek(run_of()) == 6  # a pool is made by who may write
         for tenant in ("", "reader"):
             reader, run = client(daemon, tenant=tenant, token=READ), run_of(tenant=tenant)
             assert reader.seek(run) == 6
@@ -154,6 +153,63 @@ def test_what_one_client_deletes_others_still_find(tmp_path: Path, place: Path, 
         one.delete(runs[0].keys[4:])
         assert one.seek(runs[0]) == 4 and other.seek(runs[1]) == 6
         assert read_blocks(other, runs[1].keys) == EXPECTED
+
+
+def test_what_a_pack_has_is_not_written_to_the_disk(tmp_path: Path, place: Path, client: Any) -> None:
+    own = make_run(2, seed=1)
+    with over(tmp_path, place, disk="16MiB") as daemon:
+        tier, link = client(daemon), daemon.client()
+        assert tier.seek(run_of()) == 6
+        assert read_blocks(tier, run_of().keys) == EXPECTED
+        assert tier.write(own, blocks_of(own)) == [True, True]
+        assert link.flush()["complete"]
+        link.close()
+        disk = next(below.tier for below in daemon.pool.below if below.name == "disk")
+        assert disk.contains([*own.keys, *run_of().keys]) == [True] * 2 + [False] * 6
+
+
+def test_readers_have_packs_looked_through_for_so_many_namespaces(
+    tmp_path: Path, place: Path, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tierkv.daemon.pool.MAX_READERS", 2)
+    token_file = tmp_path / "tokens"
+    token_file.write_text(f"read:{READ}\n{WRITE}\n")
+    with over(tmp_path, place, token_file=token_file) as daemon:
+        found = [client(daemon, tenant=name, token=READ).seek(run_of(tenant=name)) for name in ("a", "b", "c")]
+        assert found == [6, 6, 0]
+        assert client(daemon, tenant="c", token=WRITE).seek(run_of(tenant="c")) == 6
+
+
+def test_a_reload_mounts_other_packs_while_clients_stay(tmp_path: Path, place: Path, client: Any) -> None:
+    other_tokens = prompt(2, 4, layout=SMALL)
+    other = pack_of(tmp_path / "other", other_tokens)
+    given = config_of(tmp_path)
+    configs = [replace(given, pack=PackConfig(paths=(place,)))]
+    daemon = RunningDaemon(configs[0], reload=lambda: configs[-1])
+    try:
+        tier, one, two = client(daemon), run_of(), run_of(other_tokens)
+        assert (tier.seek(one), tier.seek(two)) == (6, 0)
+
+        def reload(*paths: Path, said: str) -> None:
+            before = len(daemon.told)
+            configs.append(replace(given, pack=PackConfig(paths=paths or None)))
+            daemon.do(daemon._server._reloaded)
+            daemon.until(lambda: any(said in line for line in daemon.told[before:]), said)
+
+        reload(place, other, said="mounted 2 packs")
+        assert (tier.seek(one), tier.seek(two)) == (6, 4)
+        assert read_blocks(tier, two.keys) == [block_of(key) for key in two.keys]
+        reload(other, said="mounted 1 packs")
+        assert (tier.seek(one), tier.seek(two)) == (0, 4)
+        reload(said="mounted 0 packs")
+        assert daemon.pool.packs is None and [below.name for below in daemon.pool.below] == []
+        changed(place, lambda files: files.update({"zarr.json": b"{}"}))
+        configs.append(replace(given, pack=PackConfig(paths=(place,))))
+        daemon.do(daemon._server._reloaded)
+        assert tier.seek(two) == 4  # what its memory has of it stays
+        assert daemon.pool.packs is None
+    finally:
+        daemon.stop()
 
 
 def test_status_lists_packs_before_and_after_they_are_asked(tmp_path: Path, place: Path, client: Any) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tierkv.tiers.base import Tier
     from tierkv.tiers.daemon import DaemonTier
     from tierkv.tiers.disk import DiskTier
-    from tierkv.tiers.pack import PackTier
+    from tierkv.tiers.pack import PackTier, Shard
     from tierkv.tiers.redis import RedisTier
     from tierkv.transfers import Below
 
@@ -146,13 +146,16 @@ def open_packs(
     fitting: leave those of another layout out. Raises ConfigError, and PackError for a pack that is not sound, not signed as
     demanded, or of another layout.
     """
-    from tierkv.tiers.pack import PackTier, Shard
+    from tierkv.tiers.pack import PackTier
 
     with ExitStack() as opened:
         packs = [opened.enter_context(pack) for pack in each_pack(config)]
-        shard = Shard(*map(int, config.pack.shard.split("/")))
+        shard = shard_of(config)
         if fitting:
-            packs = [pack for pack in packs if shard.misfit(pack.layout, layout) is None]
+            others = [pack for pack in packs if shard.misfit(pack.layout, layout) is not None]
+            packs = [pack for pack in packs if pack not in others]
+            for pack in others:
+                pack.close()
         if not packs:
             return None
         threads = PIECE_THREADS if all(pack.local for pack in packs) else REMOTE_THREADS
@@ -167,6 +170,13 @@ def open_packs(
         )
         opened.pop_all()
     return tier
+
+
+def shard_of(config: Config) -> "Shard":
+    """Which tensor-parallel rank's heads are taken of packs."""
+    from tierkv.tiers.pack import Shard
+
+    return Shard(*map(int, config.pack.shard.split("/")))
 
 
 def each_pack(config: Config) -> "Iterator[Pack]":
@@ -265,7 +275,12 @@ def make_mover(config: Config, metrics: Metrics) -> "Mover":
         AHEAD_LANE: LaneSpec(1, MAX_LOAD_BLOCKS),
         RECORD_LANE: LaneSpec(1, MAX_WAITING),  # one thread: it keeps the order
     }
-    for tier in ("disk", "redis", "daemon"):  # a lane without work costs nothing: its threads start with its first job
+    for tier in (
+        "disk",
+        "redis",
+        "daemon",
+        "pack",
+    ):  # a lane without work costs nothing: its threads start with its first job
         lanes[tier] = LaneSpec(transfer.save_threads, transfer.save_queue_blocks)
     return Mover(lanes, metrics=metrics)
 

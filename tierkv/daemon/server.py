@@ -215,11 +215,22 @@ class Server:
         old, given = self.config, config.server
         server = replace(old.server, **{name: getattr(given, name) for name in RELOADED})
         self.config = self.service.config = replace(old, server=server)
-        sections = ("store", "host", "disk", "redis", "pack", "transfer")
+        if old.pack != config.pack and self._loop:
+            self._remounting = self._loop.create_task(self._remount(config))
+        sections = ("store", "host", "disk", "redis", "transfer")
         fixed = [name for name in sections if getattr(old, name) != getattr(config, name)]
         names = [option.name for option in fields(server)]
         fixed += [f"server.{name}" for name in names if getattr(server, name) != getattr(given, name)]
         self._told("reloaded: tokens, certificates, leases" + (f"; {', '.join(fixed)} need a restart" if fixed else ""))
+
+    async def _remount(self, config: Config) -> None:
+        try:
+            await self.service.remount(config)
+        except TierKVError as error:
+            log.warning("reload: %s; the packs stay as they were", error)
+            return
+        self.config = self.service.config
+        self._told(f"mounted {len(config.pack.paths or ())} packs")
 
     async def _end(self, http: HttpServer | None) -> None:
         """No new clients; write down; then close."""

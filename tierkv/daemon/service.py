@@ -7,14 +7,15 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from tierkv.building import each_pack, make_mover
+from tierkv.building import each_pack, make_mover, shard_of
 from tierkv.config import Config
 from tierkv.daemon import upkeep
 from tierkv.daemon.access import Tokens
@@ -31,6 +32,7 @@ from tierkv.mover import AHEAD_LANE, Clock
 from tierkv.reuse_distance import ReuseDistances
 from tierkv.tiers.disk_files import FolderLock
 from tierkv.tiers.host_memory import available_memory
+from tierkv.tiers.pack import PackTier, Shard
 
 if TYPE_CHECKING:
     from tierkv.daemon.session import Session
@@ -42,6 +44,15 @@ MAX_CLOCKS: Final = 100_000
 """Notes of logical against real time: what was not used for eleven days can be told from the rest."""
 T = TypeVar("T")
 log = logging.getLogger("tierkv")
+
+
+def _layouts_of(config: Config) -> "list[tuple[Shard, Layout]]":
+    """Layouts of the packs that are configured, and which part of them is wanted. Raises ConfigError or PackError."""
+    layouts = []
+    for pack in each_pack(config):
+        with pack:
+            layouts.append((shard_of(config), pack.layout))
+    return layouts
 
 
 @dataclass(slots=True, eq=False)
@@ -88,8 +99,9 @@ class Service:
                 f"host.capacity = {config.host.capacity / 2**30:.2f} GiB: {available / 2**30:.2f} GiB of memory are free "
                 f"({source}); lower it"
             )
-        for pack in each_pack(config):  # a pack that cannot be mounted is to be heard of now, not when an engine comes
-            pack.close()
+        self._packed = _layouts_of(
+            config
+        )  # a pack that cannot be mounted is to be heard of now, not when an engine comes
         self._folder: FolderLock | None = None
         self.mover = make_mover(config, metrics)
         self.pools: dict[int, Pool] = {}
@@ -225,6 +237,7 @@ class Service:
     async def attach(self, client: Client, layout: Layout, *, device_bytes: int, opens: bool) -> Pool:
         """The pool of a layout, made when first asked for. opens: whether this client may have it made, or only reads."""
         pool = self._known(layout)  # who has its pool does not wait for a disk that is opened for another
+        opens = opens or any(shard.misfit(packed, layout) is None for shard, packed in self._packed)
         if pool is None and not opens:
             raise RefusedError(
                 "nobody has written blocks of this layout here, and this client may only read", kind="config"
@@ -246,6 +259,23 @@ class Service:
         client.device = own
         client.uses.setdefault(pool.number, Uses())
         return pool
+
+    async def remount(self, config: Config) -> None:
+        """Answer from the packs of another configuration. Raises ConfigError or PackError; then all stays as it was."""
+        packed = await self.off_loop(partial(_layouts_of, config))
+        async with self._opening:
+            opened: list[tuple[Pool, PackTier | None]] = []
+            with ExitStack() as unused:
+                for pool in self.pools.values():
+                    packs = await self.off_loop(partial(pool.open_packs, config))
+                    if packs:
+                        unused.callback(packs.close)
+                    opened.append((pool, packs))
+                unused.pop_all()
+            self.config, self._packed = replace(self.config, pack=config.pack), packed
+            for pool, packs in opened:
+                if old := pool.mount(packs):
+                    await self.off_loop(old.close)
 
     def _known(self, layout: Layout) -> Pool | None:
         return next((pool for pool in self.pools.values() if pool.layout == layout), None)

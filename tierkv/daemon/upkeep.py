@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -110,9 +111,24 @@ def write_all(pool: Pool, clock: Clock, end: float) -> int:
         if below.copy_down == "never" or (below.number is None and below.copy_down == "save"):
             continue  # nothing remembers what a shared tier was given, and all of it was
         for lease in _kept(pool, HOST, below.number):
-            if clock() < end and not below.breaker.open:
-                write_down(pool.places, below, lease, lease.lo, lease.num_blocks)
+            for lo, hi in _not_in_packs(pool, lease):
+                if clock() < end and not below.breaker.open:
+                    write_down(pool.places, below, lease, lo, hi)
     return int(pool.metrics.blocks_spilled.value("host") - before)
+
+
+def _not_in_packs(pool: Pool, lease: Lease) -> Iterator[tuple[int, int]]:
+    """Ranges of a lease's blocks that no pack of this machine has: those need not be written down."""
+    if pool.packs is None or not pool.packs.lasting:
+        yield lease.lo, lease.num_blocks
+        return
+    packed = pool.packs.contains(lease.keys(lease.lo, lease.num_blocks))
+    at = lease.lo
+    for has, group in groupby(packed):
+        count = sum(1 for _ in group)
+        if not has:
+            yield at, at + count
+        at += count
 
 
 def verify(

@@ -1,5 +1,6 @@
 """Two packs beside each other: what differs, and one pack with what both have."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from tierkv.facts import differing
 from tierkv.keys import Key
 from tierkv.packs.manifest import Document
 from tierkv.packs.pack import Pack
-from tierkv.packs.write import Model, Source, Writer, rows_of, write
+from tierkv.packs.write import Model, Source, Writer, held_place, rows_of, write
 from tierkv.warm.plan import make_plan
 
 
@@ -134,7 +135,12 @@ def merge(packs: Sequence[Pack], out: Path, *, progress: Callable[[int], None] =
 
     one = first.manifest
     model = Model(one.model_name, one.weights_sha256, one.facts, one.layout, one.adapter)
-    write(out, Writer(model, plan, table, sources, read, built={"merged": len(packs)}, progress=progress))
+    with held_place(out) as work:
+        try:
+            write(out, Writer(model, plan, table, sources, read, built={"merged": len(packs)}, progress=progress))
+        finally:
+            if [path.name for path in work.iterdir()] == ["lock"]:  # else a build of this name is to go on some time
+                shutil.rmtree(work, ignore_errors=True)
     return plan.num_blocks
 
 

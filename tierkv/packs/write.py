@@ -84,9 +84,12 @@ def rows_of(plan: Plan, root: Key) -> Rows:
     by_key: dict[Key, int] = {}
     rows = Rows([], [], [], [])
     by_key[root] = NO_PARENT
+    document, path = -1, list[Key]()
     for piece, keys in zip(plan.pieces, plan.keys(root), strict=True):
         blocks = plan.blocks(piece)
-        parent = plan.path_keys(piece.document, root)[blocks.start - 1] if blocks.start else root
+        if piece.document != document:  # its pieces follow one another
+            document, path = piece.document, plan.path_keys(piece.document, root)
+        parent = path[blocks.start - 1] if blocks.start else root
         for number, key in zip(blocks, keys, strict=True):
             by_key[key] = len(rows.keys)
             rows.keys.append(key)
