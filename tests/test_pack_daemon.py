@@ -171,7 +171,7 @@ def test_what_a_pack_has_is_not_written_to_the_disk(tmp_path: Path, place: Path,
 def test_readers_have_packs_looked_through_for_so_many_namespaces(
     tmp_path: Path, place: Path, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tierkv.daemon.pool.MAX_READERS", 2)
+    monkeypatch.setattr("tierkv.daemon.mounts.MAX_READERS", 2)
     token_file = tmp_path / "tokens"
     token_file.write_text(f"read:{READ}\n{WRITE}\n")
     with over(tmp_path, place, token_file=token_file) as daemon:

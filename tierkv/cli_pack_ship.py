@@ -105,7 +105,7 @@ def mount(
 ) -> None:
     """Check a pack and add it to a configuration, as a tier that stores and daemons read in place.
 
-    A daemon takes it up when it is started anew.
+    A running daemon takes it up at the next SIGHUP, while its clients stay.
     """
     from tierkv.packs.mounting import add_to_config
     from tierkv.packs.pack import open_pack

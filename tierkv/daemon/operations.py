@@ -92,7 +92,7 @@ class Operations(Session):
         if writes:
             await self.service.off_loop(partial(pool.introduce, Key(fields["root"]), named))
         else:
-            await self.service.off_loop(partial(pool.introduce_packs, Key(fields["root"]), named))
+            await self.service.off_loop(partial(pool.mounts.introduce_reader, Key(fields["root"]), named))
         # Whose end nobody would hear of is not let write in memory itself: it may go on to do so after its connection is lost.
         writable = writes and self.client.watched is not None
         reply: dict[str, Any] = {

@@ -24,6 +24,7 @@ from tierkv.config import Config
 from tierkv.cost import CostModel
 from tierkv.daemon.loans import Lent, Sought, Uses, Writing
 from tierkv.daemon.memory import digest
+from tierkv.daemon.mounts import Mounts
 from tierkv.daemon.protocol import LOANS, State
 from tierkv.daemon.relay import Relay, split
 from tierkv.daemon.slab import SharedSlab
@@ -47,8 +48,6 @@ MIN_ORPHANS: Final = 1024
 """Unknown parents that are remembered before it is asked which of them the index still has."""
 MAX_NAMESPACES: Final = 4096
 """Models, adapters and tenants that clients may name to one pool."""
-MAX_READERS: Final = 256
-"""Namespaces that clients who may only read can have looked for in packs."""
 COUNT_EVERY_S: Final = 10.0
 """Counting blocks by namespace visits every strand: not more often than this."""
 
@@ -82,15 +81,14 @@ class Pool:
     ) -> None:
         self.namespaces: dict[Key, Namespace] = {}
         self._introduced: set[Key] = set()
-        self._readers: set[Key] = set()  # roots of clients that may only read
         self._config = config
-        self.packs: PackTier | None = None
         self._lifts: set[asyncio.Future[None]] = set()
         self._listener = Relay(listener, self.namespaces)
         self._counted_s, self._counts = -inf, dict[Key, int]()
         self.number, self.layout, self.metrics, self.clock = number, layout, metrics, clock
         self._mover, self._deadline_s = mover, config.transfer.load_deadline_s
         self._piece = piece_blocks(layout)
+        self.mounts = Mounts(lambda given: open_packs(given, layout, metrics, mover, clock, fitting=True))
         parts = config.server.layouts
         num_places = config.host.capacity // parts // layout.block_bytes
         if not num_places:
@@ -143,33 +141,21 @@ class Pool:
         if redis:
             place = hide_password(config.redis.url or "")
             self.below.append(below_of(config, self.metrics, self.clock, redis, place=place, number=None))
-        self.mount(self.open_packs(config))
+        self.mount(self.mounts.open(config))
 
-    def open_packs(self, config: Config) -> "PackTier | None":
-        """The packs of a configuration that have this layout, known under every namespace that is known here."""
-        packs = open_packs(config, self.layout, self.metrics, self._mover, self.clock, fitting=True)
-        if packs:
-            for root in list(self._introduced):
-                self._introduce_packs(packs, root, self.namespaces[root])
-            for root in list(self._readers):
-                packs.introduce(root, self.namespaces[root])
-        return packs
+    @property
+    def packs(self) -> "PackTier | None":
+        """The packs that answer it."""
+        return self.mounts.tier
 
     def mount(self, packs: "PackTier | None") -> "PackTier | None":
-        """Answer from these packs from now on; returns those before, which are to be closed, off the loop."""
-        old, self.packs = self.packs, packs
+        """Answer from these packs from now on; returns those before, to be closed off the loop."""
+        old = self.mounts.exchange(packs)
         below = [one for one in self.below if one.tier is not old]
         if packs:
             below.append(below_of(self._config, self.metrics, self.clock, packs, place=packs.place, number=None))
         self.below[:] = below
         return old
-
-    @staticmethod
-    def _introduce_packs(packs: "PackTier", root: Key, namespace: Namespace) -> None:
-        packs.introduce(root, namespace)
-        for pack in packs.packs:
-            if differs := packs.mismatch(pack, namespace):
-                log.warning("pack %s is not for model %s: %s", pack.place, namespace.model, differs)
 
     def _recover(self, disk: Any) -> None:  # Any: see above
         for root, fields in disk.namespaces().items():
@@ -193,19 +179,7 @@ class Pool:
             for below in self.below:
                 if below.tier is not self.packs:
                     cast(Any, below.tier).introduce(root, namespace)  # Any: both kinds have it
-            if self.packs:
-                self._introduce_packs(self.packs, root, namespace)
-
-    def introduce_packs(self, root: Key, namespace: Namespace) -> None:
-        """The same for whoever may only read: packs answer it, if its root is what it says, which no secret hides."""
-        if root in self._introduced or root in self._readers or not self.packs or namespace.root() != root:
-            return
-        if len(self._readers) >= MAX_READERS:
-            log.warning("packs answer %d namespaces of clients that may only read, and no more", MAX_READERS)
-            return
-        self._readers.add(root)
-        self.namespaces.setdefault(root, namespace)
-        self.packs.introduce(root, namespace)
+            self.mounts.introduce(root, namespace)
 
     # -- finding ----------------------------------------------------------------------------------------------------
 

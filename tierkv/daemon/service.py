@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from tierkv.building import each_pack, make_mover, shard_of
+from tierkv.building import make_mover
 from tierkv.config import Config
 from tierkv.daemon import upkeep
 from tierkv.daemon.access import Tokens
 from tierkv.daemon.events import EventLog, batches, encode
 from tierkv.daemon.loans import Lent, Uses, Writing
+from tierkv.daemon.mounts import layouts_of
 from tierkv.daemon.pool import Pool
 from tierkv.daemon.popular import MAX_PREFIXES, Popular
 from tierkv.daemon.protocol import Op, State
@@ -32,7 +33,7 @@ from tierkv.mover import AHEAD_LANE, Clock
 from tierkv.reuse_distance import ReuseDistances
 from tierkv.tiers.disk_files import FolderLock
 from tierkv.tiers.host_memory import available_memory
-from tierkv.tiers.pack import PackTier, Shard
+from tierkv.tiers.pack import PackTier
 
 if TYPE_CHECKING:
     from tierkv.daemon.session import Session
@@ -44,15 +45,6 @@ MAX_CLOCKS: Final = 100_000
 """Notes of logical against real time: what was not used for eleven days can be told from the rest."""
 T = TypeVar("T")
 log = logging.getLogger("tierkv")
-
-
-def _layouts_of(config: Config) -> "list[tuple[Shard, Layout]]":
-    """Layouts of the packs that are configured, and which part of them is wanted. Raises ConfigError or PackError."""
-    layouts = []
-    for pack in each_pack(config):
-        with pack:
-            layouts.append((shard_of(config), pack.layout))
-    return layouts
 
 
 @dataclass(slots=True, eq=False)
@@ -99,7 +91,7 @@ class Service:
                 f"host.capacity = {config.host.capacity / 2**30:.2f} GiB: {available / 2**30:.2f} GiB of memory are free "
                 f"({source}); lower it"
             )
-        self._packed = _layouts_of(
+        self._packed = layouts_of(
             config
         )  # a pack that cannot be mounted is to be heard of now, not when an engine comes
         self._folder: FolderLock | None = None
@@ -262,12 +254,12 @@ class Service:
 
     async def remount(self, config: Config) -> None:
         """Answer from the packs of another configuration. Raises ConfigError or PackError; then all stays as it was."""
-        packed = await self.off_loop(partial(_layouts_of, config))
+        packed = await self.off_loop(partial(layouts_of, config))
         async with self._opening:
             opened: list[tuple[Pool, PackTier | None]] = []
             with ExitStack() as unused:
                 for pool in self.pools.values():
-                    packs = await self.off_loop(partial(pool.open_packs, config))
+                    packs = await self.off_loop(partial(pool.mounts.open, config))
                     if packs:
                         unused.callback(packs.close)
                     opened.append((pool, packs))

@@ -136,6 +136,10 @@ class PackTier(Tier):
             differ.append(f"adapter {pack.manifest.adapter or 'none'}, here {namespace.adapter or 'none'}")
         return ", ".join(differ) or None
 
+    def knows(self, root: Key) -> bool:
+        """Was this namespace introduced?"""
+        return root in self._known
+
     def introduce(self, root: Key, namespace: Namespace) -> bool:
         """Find blocks under the names that they have in a namespace, too; False where no pack is for its model."""
         if root in self._known:
