@@ -91,7 +91,7 @@ def warm(
         raise ConfigError(
             "--ttl is for Redis, and for --pin: with neither, what is kept stays until its room is needed"
         )
-    settings = _only(settings, tiers, tenant=tenant, ttl_s=seconds, chunk=settings.engine.chunk_tokens or CHUNK_TOKENS)
+    settings = only(settings, tiers, tenant=tenant, ttl_s=seconds, chunk=settings.engine.chunk_tokens or CHUNK_TOKENS)
     inputs = cli_inputs.read(given, glob=glob, max_file_size=max_file_size)
     loaded = _filling(cli_inputs.load(name, settings))
     documents, skipped = cli_inputs.documents_of(inputs, loaded, system_only=system_only, as_message=as_message)
@@ -123,7 +123,7 @@ def _tiers(into: str | None, config: Config) -> list[str]:
     return [tier for tier in TIERS if tier in tiers]
 
 
-def _only(config: Config, tiers: Sequence[str], *, tenant: str | None, ttl_s: float | None, chunk: int) -> Config:
+def only(config: Config, tiers: Sequence[str], *, tenant: str | None, ttl_s: float | None, chunk: int) -> Config:
     """The configuration with these tiers at rest, each written through, and no others."""
     disk, redis, daemon = config.disk, config.redis, config.daemon
     if "daemon" in tiers and daemon.url is None:

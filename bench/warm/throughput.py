@@ -7,7 +7,8 @@ from typing import Any
 
 from bench.warm.documents import folder
 from tierkv.assembly import load_model, open_engine
-from tierkv.config import load
+from tierkv.cli_warm import only
+from tierkv.config import Config, load
 from tierkv.engine import Engine, SamplingParams
 from tierkv.warm.inputs import read_inputs
 from tierkv.warm.plan import make_plan
@@ -20,10 +21,7 @@ ONE = SamplingParams(max_tokens=1, ignore_eos=True)
 def run(where: Path, *, rounds: int, threads: int) -> list[dict[str, Any]]:
     own = load(environ={}, overrides=[f"engine.num_threads={threads}"]).config
     loaded = load_model("smollm2", own)
-    chunked = load(
-        environ={}, overrides=[f"engine.num_threads={threads}", f"engine.chunk_tokens={CHUNK_TOKENS}"]
-    ).config
-    for_warm = load_model("smollm2", chunked)
+    for_warm = load_model("smollm2", _settings(where / "none", threads))
     rows = []
     for name, count, paragraphs in (("30 documents", 30, 2), ("4 long documents", 4, 16)):
         docs = folder(where / name.replace(" ", "-"), count=count, paragraphs=paragraphs, shared=False)
@@ -38,16 +36,7 @@ def run(where: Path, *, rounds: int, threads: int) -> list[dict[str, Any]]:
                 began = time.perf_counter()
                 engine.generate(prompts, ONE)
                 bare.append(total / (time.perf_counter() - began))
-            kv = f"disk.path={where / f'{count}-{number}'}"
-            config = load(
-                environ={},
-                overrides=[
-                    kv,
-                    f"engine.num_threads={threads}",
-                    f"engine.chunk_tokens={CHUNK_TOKENS}",
-                    "disk.capacity=4GiB",
-                ],
-            ).config
+            config = _settings(where / f"{count}-{number}", threads)
             with open_engine(for_warm, config, fills=True) as (engine, store):
                 began = time.perf_counter()
                 done = Warmer(engine, store, plan, into=store.below).run()  # until all of it is on disk
@@ -66,3 +55,9 @@ def run(where: Path, *, rounds: int, threads: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _settings(folder: Path, threads: int) -> Config:
+    """What `tierkv warm --set disk.path=…` runs with."""
+    overrides = [f"disk.path={folder}", "disk.capacity=4GiB", f"engine.num_threads={threads}"]
+    return only(load(environ={}, overrides=overrides).config, ["disk"], tenant=None, ttl_s=None, chunk=CHUNK_TOKENS)
