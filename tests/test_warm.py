@@ -144,7 +144,9 @@ def test_prompts_of_every_kind_become_what_their_requests_will_be(shell: Shell, 
     assert done["tokens"] == 31 + 40 + len(chat) - 2 * (len("<begin>") - 1)
 
 
-def test_of_conversations_only_the_system_prompt_is_kept_when_asked_so(shell: Shell, tiny: Path, tmp_path: Path) -> None:
+def test_of_conversations_only_the_system_prompt_is_kept_when_asked_so(
+    shell: Shell, tiny: Path, tmp_path: Path
+) -> None:
     system = {"role": "system", "content": "be brief, and say where it is written " * 3}
     talks = [{"messages": [system, {"role": "user", "content": who}]} for who in ("who?", "what?", "when?")]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in talks))
@@ -206,7 +208,9 @@ def test_redis_gets_it_for_a_time_and_disk_beside_it(
     assert 0 < report["soonest_expiry_s"] <= 300
     both = shell.json("warm", "docs", *options(tiny, *redis))
     assert {row["tier"]: row["missing"] for row in both["tiers"]} == {"disk": 0, "redis": 0}
-    assert both["computed_tokens"] < done["unique_tokens"] / 3  # Redis had it: at most a block of each piece is computed
+    assert (
+        both["computed_tokens"] < done["unique_tokens"] / 3
+    )  # Redis had it: at most a block of each piece is computed
 
 
 def test_a_daemon_gets_it_and_pins_it(shell: Shell, tiny: Path, docs: Path, tmp_path: Path) -> None:
@@ -273,6 +277,21 @@ def test_no_more_pages_than_one_prompt_needs_are_enough(shell: Shell, tiny: Path
     assert done["tiers"][0]["missing"] == 0
 
 
+def test_what_is_warmed_now_takes_the_place_of_what_was_not_used_for_long(shell: Shell, tiny: Path, docs: Path) -> None:
+    others = write_documents(Path("others"), count=12, words=12, seed=9, shared="Quite another beginning. ")
+    asked = options(tiny, "--set", "disk.path=kv", "--set", "disk.capacity=2560KiB")
+    first = shell.json("warm", "others", *asked)
+    done = shell.json("warm", "docs", *asked)
+    assert first["blocks"] + done["blocks"] > len(contents(Path("kv"))) >= done["blocks"]
+    assert done["tiers"][0]["missing"] == 0
+    (docs / "more.txt").write_text(SHARED + "And what nobody knew of when the others were computed. " * 2)
+    again = shell.json("warm", "docs", *asked)
+    assert again["tiers"][0]["missing"] == 0
+    # The new one sorts first: the piece in which the others' beginning lies is its own now, and begins a chunk.
+    assert again["computed_tokens"] <= again["unique_tokens"] - done["unique_tokens"] + 128
+    assert others.exists()
+
+
 def test_a_full_disk_ends_the_run_with_a_reason_and_the_next_goes_on(shell: Shell, tiny: Path, docs: Path) -> None:
     command = ["warm", "docs", *options(tiny, "--json", "--set", "disk.path=kv", "--set", "engine.max_batch_tokens=32")]
     command += ["--set", "engine.chunk_tokens=16", "--set", "engine.max_sequences=1"]
@@ -301,7 +320,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 @pytest.mark.model
 def test_thirty_documents_of_a_real_model_survive_two_kills(tmp_path: Path) -> None:
-    write_documents(tmp_path / "docs", count=30, words=60, seed=3, shared="The handbook of a lighthouse, in parts. " * 3)
+    write_documents(
+        tmp_path / "docs", count=30, words=60, seed=3, shared="The handbook of a lighthouse, in parts. " * 3
+    )
     command = ["warm", "--model", "smollm2", "docs", "--json", "--set", "engine.num_threads=1", "--set"]
     whole = ended([*command, "disk.path=whole"], cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr

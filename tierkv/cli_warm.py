@@ -124,7 +124,10 @@ def _tiers(into: str | None, config: Config) -> list[str]:
 
 
 def only(config: Config, tiers: Sequence[str], *, tenant: str | None, ttl_s: float | None, chunk: int) -> Config:
-    """The configuration with these tiers at rest, each written through, and no others."""
+    """The configuration with these tiers at rest, each written through, and no others.
+
+    The disk's policy is one that lets everything in: what nobody has asked for yet, others would keep out.
+    """
     disk, redis, daemon = config.disk, config.redis, config.daemon
     if "daemon" in tiers and daemon.url is None:
         daemon = replace(daemon, url=default_socket())
@@ -135,7 +138,7 @@ def only(config: Config, tiers: Sequence[str], *, tenant: str | None, ttl_s: flo
         config,
         store=config.store if tenant is None else replace(config.store, tenant=tenant),
         host=replace(config.host, copy_down="save"),
-        disk=replace(disk, copy_down="save") if "disk" in tiers else DiskConfig(),
+        disk=replace(disk, copy_down="save", policy="lru") if "disk" in tiers else DiskConfig(),
         redis=replace(redis, copy_down="save") if "redis" in tiers else RedisConfig(),
         daemon=replace(daemon, copy_down="save") if "daemon" in tiers else DaemonConfig(),
         pack=PackConfig(),  # what a pack has would not be computed, and not be kept either

@@ -121,6 +121,11 @@ class Warmer:
         done.held_tokens = sum(self._plan.pieces[number].num_tokens for number in set(pieces) - set(lacking))
         done.held_tokens += sum(self._reusable(number) - self._plan.pieces[number].start for number in lacking)
         self._skipped(done.held_tokens)
+        for number in set(pieces) - set(lacking):  # used now: not what is forgotten first for the rest
+            with self._store.index.acquire(
+                self._store.root, self._plan.path(self._plan.pieces[number]), now_s=time.monotonic()
+            ):
+                pass
         before, began = self._engine.stats.tokens, self._clock()
         try:
             for attempt in range(ROUNDS):
@@ -195,7 +200,10 @@ class Warmer:
                 )
 
     def _reusable(self, number: int) -> int:
-        """Tokens that a piece takes from the store: up to where it begins, or to the last fixed place that was reached."""
+        """Tokens that a piece takes from the store: up to where it begins, or to the last fixed place that was reached.
+
+        So up to a chunk may be computed again of what kill -9 cut short, or another plan left; the bytes are then the same.
+        """
         piece = self._plan.pieces[number]
         leading = self._presence.leading(number)
         if leading >= piece.end:
