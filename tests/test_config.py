@@ -125,7 +125,7 @@ def test_a_pack_of_a_file_is_relative_to_that_file() -> None:
     ],
 )
 def test_a_wrong_list_of_tiers_is_told(toml: str, told: str) -> None:
-    with pytest.raises(ConfigError, match="tierkv.toml") as error:
+    with pytest.raises(ConfigError, match=r"tierkv\.toml") as error:
         loaded(toml)
     assert told in str(error.value)
 

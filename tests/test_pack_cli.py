@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,12 +63,17 @@ def digests(path: Path) -> dict[str, str]:
     return {str(one.relative_to(path)): hashlib.sha256(one.read_bytes()).hexdigest() for one in files}
 
 
+def names() -> list[str]:
+    """What lies in the folder of the test."""
+    return sorted(path.name for path in Path.cwd().iterdir())
+
+
 @pytest.mark.parametrize("name", ["one", "one.zip"])
 def test_two_builds_are_the_same_bytes(shell: Shell, tiny: Path, docs: Path, name: str) -> None:
     build(shell, tiny, name)
     build(shell, tiny, name.replace("one", "two"))
     assert digests(Path(name)) == digests(Path(name.replace("one", "two")))
-    assert sorted(os.listdir()) == sorted(["docs", name, name.replace("one", "two")])
+    assert names() == sorted(["docs", name, name.replace("one", "two")])
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -92,7 +96,7 @@ def test_a_full_disk_leaves_nothing_under_the_name_of_the_pack(shell: Shell, tin
     assert "no room" in run.stderr.splitlines()[-1] and "Traceback" not in run.stderr
     assert not Path("kept").exists()
     build(shell, tiny, "kept")
-    assert sorted(os.listdir()) == ["docs", "kept"]
+    assert names() == ["docs", "kept"]
 
 
 def test_other_inputs_under_the_same_name_start_anew(shell: Shell, tiny: Path, docs: Path) -> None:
@@ -166,7 +170,7 @@ def test_signing_and_what_a_signature_is_worth(shell: Shell, tiny: Path, docs: P
     assert shell.json("pack", "verify", "p.zip", "--signer", ours)["signers"] == [ours]
     assert shell.run("pack", "verify", "p.zip", "--signer", "theirs.pem") == 1
     assert "demands one of" in shell.out
-    before = {name: digest for name, digest in digests(Path("p.zip")).items()}
+    before = digests(Path("p.zip"))
     shell.ok("pack", "sign", "p.zip", "--key", "theirs.pem")
     assert digests(Path("p.zip")) != before
     assert len(shell.json("pack", "verify", "p.zip", "--signer", "theirs.pem")["signers"]) == 2
@@ -251,7 +255,9 @@ def test_push_and_pull_move_what_is_missing(
     assert shell.json("pack", "pull", url, got, *at)["bytes_moved"] == 0
     assert shell.json("pack", "verify", url, *at)["sound"]
     prompt = (docs / "05.txt").read_text() + "And then?"
-    config = load(environ={}, overrides=[f"pack.paths={url}", f"pack.endpoint={seaweed.endpoint}", "pack.region=us-east-1"])
+    config = load(
+        environ={}, overrides=[f"pack.paths={url}", f"pack.endpoint={seaweed.endpoint}", "pack.region=us-east-1"]
+    )
     with open_engine(tiny, config.config) as (engine, _):
         output = engine.generate(prompt, SamplingParams(max_tokens=4))[0]
     assert output.stats.sources["pack"] >= len(prompt) - len("And then?") - 16
@@ -289,7 +295,7 @@ def test_pull_from_a_web_server_checks_the_signature_first(shell: Shell, tiny: P
 def test_mistakes_are_one_line(shell: Shell, docs: Path, arguments: list[str], code: int, told: str) -> None:
     message = shell.error("pack", *arguments, code=code)
     assert told in message
-    assert sorted(os.listdir()) == ["docs"]
+    assert names() == ["docs"]
 
 
 def test_what_has_no_whole_block_makes_no_pack(shell: Shell, tiny: Path) -> None:

@@ -16,7 +16,7 @@ from tierkv.tiers.disk_array import read_about
 from tierkv.tiers.disk_manifest import read_rows
 
 ROOT = Path(__file__).parent.parent
-WORDS = "the lamp is lit at dusk and the keeper writes wind weather and every ship that passes into a book".split()
+TEXT = "the lamp is lit at dusk and the keeper writes wind weather and every ship that passes into a book"
 
 _ENDING = """
 import os, sys
@@ -52,7 +52,7 @@ def write_documents(folder: Path, *, count: int, words: int, seed: int = 0, shar
     random = Random(seed)
     folder.mkdir()
     for number in range(count):
-        body = " ".join(random.choices(WORDS, k=words))
+        body = " ".join(random.choices(TEXT.split(), k=words))
         (folder / f"{number:02}.txt").write_text(f"{shared}Document {number}. {body}\n")
     return folder
 
@@ -74,7 +74,12 @@ def contents(folder: Path) -> dict[bytes, bytes]:
 
 
 def ended(
-    arguments: Sequence[str], *, after: int = 0, by: int = 0, cwd: Path | None = None, most_file_bytes: int | None = None
+    arguments: Sequence[str],
+    *,
+    after: int = 0,
+    by: int = 0,
+    cwd: Path | None = None,
+    most_file_bytes: int | None = None,
 ) -> "subprocess.CompletedProcess[str]":
     """Run a command in a process that sends itself a signal once so many tokens are computed; 0: it runs to its end.
 

@@ -122,7 +122,9 @@ def _files(files: PackFiles, manifest: Manifest, progress: Progress) -> Iterator
                 at += came
                 if came < len(part):
                     break
-            more = sizes is not None and sizes.get(name, 0) > entry.bytes  # a web server lists none; nobody reads beyond
+            more = (
+                sizes is not None and sizes.get(name, 0) > entry.bytes
+            )  # a web server lists none; nobody reads beyond
         except PackError as error:
             yield Finding(name, str(error))
             continue
