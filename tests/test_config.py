@@ -103,6 +103,23 @@ def test_tiers_may_be_listed_and_packs_add_up() -> None:
     assert got.pack.signers == ("ab" * 32,)
 
 
+def test_packs_that_are_off_and_listed_are_those_listed() -> None:
+    listed = '[[tiers]]\nkind = "pack"\npath = "b"\n'
+    assert loaded('[pack]\npaths = "off"\n' + listed).config.pack.paths == (Path("b"),)
+    assert loaded('[pack]\npaths = "a,c"\n' + listed).config.pack.paths == (Path("a"), Path("c"), Path("b"))
+
+
+def test_a_signed_url_and_a_password_are_not_shown() -> None:
+    got = loaded('[pack]\npaths = "http://me:pass@host/p.zip?sig=secret"\n')
+    assert got.show("pack.paths") == "http://me:***@host/p.zip?***"
+
+
+def test_keys_of_signers_are_relative_to_the_file() -> None:
+    Path("etc").mkdir()
+    Path("etc/my.toml").write_text('[pack]\nsigners = ["release.pub"]\n')
+    assert load("etc/my.toml", {}).config.pack.signers == (Path("etc/release.pub"),)
+
+
 def test_a_pack_of_a_file_is_relative_to_that_file() -> None:
     Path("etc").mkdir()
     Path("etc/my.toml").write_text('[[tiers]]\nkind = "pack"\npath = "hand.zip"\n')
@@ -119,6 +136,10 @@ def test_a_pack_of_a_file_is_relative_to_that_file() -> None:
         ('[disk]\npath = "a"\n[[tiers]]\nkind = "disk"\npath = "b"\n', "disk.path is given twice"),
         ('[tiers]\nkind = "pack"\n', "write [[tiers]]"),
         ("tiers = 3\n", "write [[tiers]]"),
+        ('pack = 3\n[[tiers]]\nkind = "pack"\npath = "a"\n', "pack is not a section"),
+        ("[[tiers]]\nkind = 2020-01-01\n", "expected one of device"),
+        ('[[tiers]]\nkind = "pack"\npath = "a"\n[[tiers]]\nkind = "pack"\n', "[[tiers]] 2: a pack without a path"),
+        ('[[tiers]]\nkind = "disk"\npath = "a"\n[[tiers]]\nkind = "disk"\npath = "b"\n', "disk.path is given twice"),
         ('[[tiers]]\nkind = "pack"\npath = 3\n', "pack.paths = [3]: expected folders or zip files"),
         ('[[tiers]]\nkind = "pack"\npath = "ftp://host/p"\n', "expected folders or zip files"),
         ('[pack]\nshard = "2/2"\n', "rank/size, such as 0/2"),

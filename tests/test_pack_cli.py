@@ -164,6 +164,7 @@ def test_signing_and_what_a_signature_is_worth(shell: Shell, tiny: Path, docs: P
     ours = shell.out.split()[-1]
     shell.ok("pack", "keygen", "theirs.pem")
     assert Path("ours.pem").stat().st_mode & 0o777 == 0o600
+    assert Path("ours.pub").read_text().strip() == ours
     assert "exists already" in shell.error("pack", "keygen", "ours.pem", code=1)
     done = shell.json("pack", "build", "--model", str(tiny), "--out", "p.zip", "docs", "--key", "ours.pem")
     assert done["signers"] == [ours]
@@ -209,6 +210,58 @@ def test_a_pack_of_another_model_is_refused_with_what_differs(
     assert "block_tokens 16, here 32" in shell.error(*blocks, code=1)
     signed = ["generate", str(tiny), "a prompt", "--set", "pack.paths=p.zip", "--set", f"pack.signers={'ab' * 32}"]
     assert "not signed" in shell.error(*signed, code=1)
+
+
+def test_a_pack_of_large_blocks_is_verified_with_its_own_layout(shell: Shell, tiny: Path, docs: Path) -> None:
+    shell.json("pack", "build", "--model", str(tiny), "--out", "p", "docs", "--set", "store.block_tokens=32")
+    found = shell.json("pack", "verify", "p", "--model", str(tiny))
+    assert found["sound"] and found["recomputed"]["blocks"] > 4
+    message = shell.error("pack", "mount", "p", "--into", "s.toml", "--model", str(tiny), code=1)
+    assert "block_tokens 32, here 16" in message and not Path("s.toml").exists()
+
+
+def test_mounting_keeps_a_file_what_it_is(shell: Shell, tiny: Path, docs: Path) -> None:
+    build(shell, tiny, "p")
+    Path("real.toml").write_text("# mine\n[store]\ntenant = 'me'")
+    Path("real.toml").chmod(0o600)
+    Path("link.toml").symlink_to("real.toml")
+    shell.ok("pack", "mount", "p", "--into", "link.toml")
+    assert Path("link.toml").is_symlink() and Path("real.toml").stat().st_mode & 0o777 == 0o600
+    text = Path("real.toml").read_text()
+    assert text.startswith("# mine\n[store]\ntenant = 'me'\n\n[[tiers]]\n") and text.count("[[tiers]]") == 1
+    for content, told in (
+        ("tiers = []\n", "cannot be added"),
+        ("[pack]\nsigners = '" + "ab" * 32 + "'\n", "not signed"),
+    ):
+        Path("other.toml").write_text(content)
+        assert told in shell.error("pack", "mount", "p", "--into", "other.toml", code=2 if "added" in told else 1)
+        assert Path("other.toml").read_text() == content
+    assert not [name for name in names() if name.startswith(".")]
+
+
+def test_a_pack_whose_blocks_cannot_be_read_is_not_mounted(shell: Shell, tiny: Path, docs: Path) -> None:
+    build(shell, tiny, "p")
+    next(Path("p/blocks").glob("c.0.*")).unlink()
+    assert "its first block cannot be read" in shell.error("pack", "mount", "p", "--into", "s.toml", code=1)
+    assert not Path("s.toml").exists()
+
+
+def test_what_a_stranger_wrote_moves_no_cursor(shell: Shell, tiny: Path, docs: Path) -> None:
+    from tests.pack_parts import changed, set_manifest
+
+    build(shell, tiny, "p")
+
+    def escape(manifest: dict[str, Any]) -> None:
+        manifest["documents"][0]["name"] = "a\x1b[2Jb"
+
+    changed(Path("p"), lambda files: set_manifest(files, escape))
+    assert "text that can be printed" in shell.error("pack", "inspect", "p", code=1)
+
+
+def test_an_engine_starts_without_a_pack_whose_server_is_away(shell: Shell, tiny: Path) -> None:
+    config = load(environ={}, overrides=["pack.paths=http://127.0.0.1:1/p.zip"])
+    with open_engine(tiny, config.config) as (engine, _):
+        assert engine.generate("a prompt", SamplingParams(max_tokens=2))[0].token_ids
 
 
 def test_explain_tells_what_a_pack_has_for_each_tenant(shell: Shell, tiny: Path, docs: Path) -> None:
@@ -290,6 +343,7 @@ def test_pull_from_a_web_server_checks_the_signature_first(shell: Shell, tiny: P
         (["merge", "docs", "--out", "p"], 2, "two or more"),
         (["push", "docs", "s3://bucket/p"], 1, "zarr.json"),
         (["pull", "http://127.0.0.1:1/p", "got"], 1, "127.0.0.1:1"),
+        (["keygen", "no/where.pem"], 1, "no/where.pem"),
     ],
 )
 def test_mistakes_are_one_line(shell: Shell, docs: Path, arguments: list[str], code: int, told: str) -> None:

@@ -212,6 +212,30 @@ def test_a_reload_mounts_other_packs_while_clients_stay(tmp_path: Path, place: P
         daemon.stop()
 
 
+def test_a_pack_that_is_gone_when_the_first_client_comes_is_done_without(
+    tmp_path: Path, place: Path, client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = make_run(2, seed=1)
+    with over(tmp_path, place) as daemon:
+        place.unlink()
+        tier = client(daemon)
+        assert tier.seek(run_of()) == 0
+        assert "no pack is mounted until the next reload" in caplog.text
+        assert tier.write(own, blocks_of(own)) == [True, True]
+
+
+def test_a_reader_of_a_model_that_no_pack_fits_takes_nobodys_place(
+    tmp_path: Path, place: Path, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tierkv.daemon.mounts.MAX_READERS", 1)
+    token_file = tmp_path / "tokens"
+    token_file.write_text(f"read:{READ}\n{WRITE}\n")
+    with over(tmp_path, place, token_file=token_file) as daemon:
+        for model in ("a", "b", "c"):
+            assert client(daemon, model=model, token=READ).seek(run_of(model=model)) == 0
+        assert client(daemon, token=READ).seek(run_of()) == 6
+
+
 def test_status_lists_packs_before_and_after_they_are_asked(tmp_path: Path, place: Path, client: Any) -> None:
     with over(tmp_path, place) as daemon, contextlib.closing(daemon.client()) as link:
 

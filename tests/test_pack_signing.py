@@ -143,7 +143,7 @@ def test_signing_changes_the_root_alone_and_a_second_key_keeps_the_first(place: 
     assert group["attributes"][ATTRIBUTE] == plain["attributes"][ATTRIBUTE]
     assert verify(place, trusted=publics[1:]).signers == tuple(publics)
     assert found(place) == {}
-    leftovers = {path.name for path in tmp_path.iterdir()} - {place.name, "one.pem", "two.pem"}
+    leftovers = {path.name for path in tmp_path.iterdir()} - {place.name, "one.pem", "one.pub", "two.pem", "two.pub"}
     assert not leftovers and not list(tmp_path.rglob("*.tmp"))
 
 

@@ -1,5 +1,6 @@
 """The parts of a store, and of a daemon, from a configuration: tiers at rest, the index and its policies, the mover."""
 
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tierkv.config import Config
-from tierkv.errors import ConfigError, PackError
+from tierkv.errors import ConfigError, PackAway, PackError
 from tierkv.facts import ModelFacts
 from tierkv.keys import Key, Namespace
 from tierkv.layout import Layout
@@ -28,11 +29,14 @@ if TYPE_CHECKING:
     from tierkv.tiers.redis import RedisTier
     from tierkv.transfers import Below
 
+log = logging.getLogger("tierkv")
 PIECE_BYTES = 32 << 20
 """Moved at a time: enough for full bandwidth from disk and network, little enough that a late load is answered soon."""
 MAX_PIECE_BLOCKS = 64
 PIECE_THREADS = 2
 """One piece is verified while the next is read: 0.8 of the disk's speed becomes 0.9 (bench/bench_disk.py)."""
+MOUNT_S = 30.0
+"""For one request to the server of a mounted pack: its arrays come whole, and some come slowly."""
 REMOTE_THREADS = 8
 """Ranges of a pack on a server that are asked for at once."""
 NODE_THREADS = 4
@@ -186,10 +190,13 @@ def each_pack(config: Config) -> "Iterator[Pack]":
     from tierkv.packs.pack import open_pack
 
     trusted = signers_of(config)
-    # Who waits for a block waits no longer than a load does, and then computes it.
-    remote = replace(remote_of(config), timeout_s=config.transfer.load_deadline_s, retries=1)
+    # Who waits for a block waits for `load_deadline_s`, and then computes it; a request that hangs holds a thread for longer.
+    remote = replace(remote_of(config), timeout_s=max(MOUNT_S, config.transfer.load_deadline_s), retries=1)
     for place in config.pack.paths:
-        yield open_pack(place, trusted=trusted, remote=remote)
+        try:
+            yield open_pack(place, trusted=trusted, remote=remote)
+        except PackAway as error:
+            log.warning("a pack is not mounted, its server is away: %s", error)
 
 
 def mount(tier: "PackTier", root: Key, namespace: Namespace) -> None:

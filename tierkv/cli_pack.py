@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -25,10 +25,11 @@ from tierkv.cli_options import (
 from tierkv.cli_pack_options import Endpoint, Place, Signers, remote_options, trusted_signers
 from tierkv.cli_pack_ship import mount, pull, push
 from tierkv.cli_progress import Meter, stopping
-from tierkv.config import Config
+from tierkv.config import DTYPES, Config
 from tierkv.errors import ConfigError, PackError
 
 if TYPE_CHECKING:
+    from tierkv.packs.files import RemoteOptions
     from tierkv.packs.manifest import Manifest
     from tierkv.packs.pack import Pack
 
@@ -124,6 +125,7 @@ def inspect(
     """Tell what a pack says of itself: model, layout, documents, signatures. No block is read."""
     from tierkv.packs.files import open_files
     from tierkv.packs.pack import read_manifest
+    from tierkv.warm.items import printable
 
     with open_files(place, options=remote_options(endpoint, config, overrides)) as files:
         manifest, where = read_manifest(files), files.place
@@ -139,7 +141,7 @@ def inspect(
             ("weights", f"SHA-256 {manifest.weights_sha256}"),
             ("tokenizer", facts.tokenizer_sha256 or "none"),
             ("chat template", facts.chat_template_sha256 or "none"),
-            ("RoPE", ", ".join(f"{name} {value}" for name, value in facts.rope.items()) or "-"),
+            ("RoPE", printable(", ".join(f"{name} {value}" for name, value in facts.rope.items())) or "-"),
             ("block", f"{' x '.join(map(str, layout.shape))} {layout.dtype}, {layout.block_bytes:,} bytes"),
             ("blocks", f"{manifest.num_blocks:,} of {layout.block_tokens} tokens, {show_bytes(manifest.num_bytes)}"),
             ("signatures", ", ".join(one.public_key for one in manifest.signatures) or "none"),
@@ -186,7 +188,7 @@ def verify(
     findings = list(found.findings)
     compared: dict[str, Any] | None = None  # Any: JSON
     if model is not None and not findings:
-        compared, more = _recompute(place, model, settings, trusted)
+        compared, more = _recompute(place, model, settings, trusted, remote)
         findings += [Finding(*one) for one in more]
     report = {
         "place": where,
@@ -221,9 +223,8 @@ def verify(
 
 
 def _recompute(
-    place: str, model: str, settings: Config, trusted: Sequence[str] | None
+    place: str, model: str, settings: Config, trusted: Sequence[str] | None, remote: "RemoteOptions"
 ) -> tuple[dict[str, Any] | None, list[tuple[str, str]]]:  # Any: JSON
-    from tierkv.building import remote_of
     from tierkv.engine.facts import facts_of
     from tierkv.engine.loading import identity
     from tierkv.facts import differing
@@ -231,11 +232,11 @@ def _recompute(
     from tierkv.packs.pack import open_pack
     from tierkv.packs.recompute import SAMPLE_BLOCKS, recompute
 
-    with open_pack(place, trusted=trusted, remote=remote_of(settings)) as opened:
-        own = build_config(settings)
-        if own.engine.dtype == "auto" and opened.layout.dtype in ("float32", "float16", "bfloat16"):
-            own = build_config(read_config(None, [f"engine.dtype={opened.layout.dtype}"]).config)
-        loaded = cli_inputs.load(model, own)
+    with open_pack(place, trusted=trusted, remote=remote) as opened:
+        store, engine = replace(settings.store, block_tokens=opened.layout.block_tokens), settings.engine
+        if engine.dtype == "auto" and opened.layout.dtype in DTYPES:
+            engine = replace(engine, dtype=opened.layout.dtype)
+        loaded = cli_inputs.load(model, build_config(replace(settings, store=store, engine=engine)))
         ours = facts_of(loaded.weights, loaded.tokenizer, identity=identity(loaded.weights))
         if differs := differing(opened.manifest.facts, ours):
             return None, [("model", f"not that of the pack: {', '.join(differs)}")]
@@ -248,10 +249,10 @@ def _recompute(
 @pack.command()
 def keygen(out: Annotated[Path, typer.Argument(metavar="FILE", help="Where the new private key goes.")]) -> None:
     """Make an Ed25519 key to sign packs with, and print its public key."""
-    from tierkv.packs.signing import make_key
+    from tierkv.packs.signing import make_key, public_file
 
     public = make_key(out)
-    print_rows([("private key", f"{out} (keep it to yourself)"), ("public key", public)])
+    print_rows([("private key", f"{out} (keep it to yourself)"), ("public key", f"{public_file(out)}: {public}")])
 
 
 @pack.command()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -107,28 +107,41 @@ def mount(
 
     A running daemon takes it up at the next SIGHUP, while its clients stay.
     """
+    from tierkv.building import remote_of
     from tierkv.packs.mounting import add_to_config
     from tierkv.packs.pack import open_pack
+    from tierkv.values import hide_secrets
 
-    settings = read_config(config, overrides).config
-    trusted = trusted_signers(signer, settings)
-    with open_pack(place, trusted=trusted, remote=remote_options(endpoint, config, overrides)) as opened:
+    settings = read_config(config or (into if into.exists() else None), overrides).config
+    remote = remote_of(settings)
+    remote = replace(remote, endpoint=endpoint or remote.endpoint)
+    with open_pack(place, trusted=trusted_signers(signer, settings), remote=remote) as opened:
         if model is not None:
             _fits(opened, model, settings)
+        (wrong,) = opened.read([0], [memoryview(bytearray(opened.layout.block_bytes))])
+        if wrong is not None:
+            raise PackError(f"{opened.place}: its first block cannot be read: {wrong.why}; see `tierkv pack verify`")
         blocks, size = opened.num_blocks, opened.manifest.num_bytes
     where = place if "://" in place else str(Path(place).expanduser().absolute())
-    add_to_config(into, where)
+    add_to_config(into, where, endpoint=remote.endpoint)
     print_rows(
-        [("mounted", f"{where}: {blocks:,} blocks, {show_bytes(size)}"), ("in", f'{into} ([[tiers]] kind = "pack")')]
+        [
+            ("mounted", f"{hide_secrets(where)}: {blocks:,} blocks, {show_bytes(size)}"),
+            ("in", f'{into} ([[tiers]] kind = "pack")'),
+        ]
     )
 
 
 def _fits(opened: "Pack", model: str, settings: Config) -> None:
+    from tierkv.building import shard_of
     from tierkv.engine.facts import facts_of
-    from tierkv.engine.loading import identity
+    from tierkv.engine.loading import identity, layout_of
     from tierkv.facts import differing
 
     loaded = cli_inputs.load(model, settings)
+    layout = layout_of(loaded.weights, block_tokens=settings.store.block_tokens)
+    if misfit := shard_of(settings).misfit(opened.layout, layout):
+        raise PackError(f"{opened.place}: made for another layout: {misfit}; build a pack for this model")
     ours = facts_of(loaded.weights, loaded.tokenizer, identity=identity(loaded.weights))
     if differs := differing(opened.manifest.facts, ours):
         raise PackError(f"{opened.place}: built for another model: {', '.join(differs)}; build a pack for this one")

@@ -77,7 +77,7 @@ def warm(
     tierkv warm --model smollm2 prompts.jsonl --system-only --into daemon --pin --ttl 8h
     """
     from tierkv.warm.plan import make_plan
-    from tierkv.warm.run import CHUNK_TOKENS
+    from tierkv.warm.run import chunk_tokens
 
     settings = read_config(config, overrides).config
     name = cli_inputs.model_name(model, settings)
@@ -91,7 +91,8 @@ def warm(
         raise ConfigError(
             "--ttl is for Redis, and for --pin: with neither, what is kept stays until its room is needed"
         )
-    settings = only(settings, tiers, tenant=tenant, ttl_s=seconds, chunk=settings.engine.chunk_tokens or CHUNK_TOKENS)
+    chunk = settings.engine.chunk_tokens or chunk_tokens(settings.store.block_tokens)
+    settings = only(settings, tiers, tenant=tenant, ttl_s=seconds, chunk=chunk)
     inputs = cli_inputs.read(given, glob=glob, max_file_size=max_file_size)
     loaded = _filling(cli_inputs.load(name, settings))
     documents, skipped = cli_inputs.documents_of(inputs, loaded, system_only=system_only, as_message=as_message)
@@ -229,7 +230,12 @@ def _run(
     ):
         _refuse_too_large(store, plan)
         done = Warmer(engine, store, plan, into=store.below, progress=meter.add, skipped=meter.skip).run()
-        pinned = 0 if pin_s is None or done.interrupted else _pin(store, plan, pin_s)
+        pinned, unpinned = 0, None
+        if pin_s is not None and not done.interrupted:
+            try:
+                pinned = _pin(store, plan, pin_s)
+            except TierError as error:
+                unpinned = error
         places = {below.name: below.place for below in store.below}
         size = store.layout.block_bytes
     rows = [
@@ -254,6 +260,8 @@ def _run(
         _print(totals, rows, skipped)
     if done.interrupted:
         raise typer.Exit(INTERRUPTED)
+    if unpinned is not None:
+        raise unpinned
     lost = [f"{row['tier']} lacks {row['missing']:,} of {plan.num_blocks:,} blocks" for row in rows if row["missing"]]
     if lost:
         raise TierError(
@@ -262,30 +270,51 @@ def _run(
 
 
 def _refuse_too_large(store: "Store", plan: "Plan") -> None:
+    from tierkv.warm.estimate import daemon_room
+
     for below in store.below:
-        if below.number is not None and (room := store.index.room(below.number)[1]) < plan.num_blocks:
+        room: int | None = None
+        if below.number is not None:
+            room = store.index.room(below.number)[1]
+        elif below.name == "daemon":
+            try:
+                room = daemon_room(cast("DaemonTier", below.tier).stats(), store.layout)
+            except TierError as error:
+                raise TierError(f"the daemon does not answer ({error}): see that it runs, and start again") from None
+        if room is not None and room < plan.num_blocks:
+            where = (
+                "host.capacity or disk.capacity of the daemon" if below.name == "daemon" else f"{below.name}.capacity"
+            )
             raise ConfigError(
                 f"{below.name} ({below.place}) has room for {room:,} blocks, and {plan.num_blocks:,} are to be kept: "
-                f"raise {below.name}.capacity by {show_bytes((plan.num_blocks - room) * store.layout.block_bytes)}, "
+                f"raise {where} by {show_bytes((plan.num_blocks - room) * store.layout.block_bytes)}, "
                 "or warm fewer prompts (see --dry-run)"
             )
 
 
 def _pin(store: "Store", plan: "Plan", ttl_s: float) -> int:
-    """Pin every path in the daemon; how many blocks of it."""
+    """Pin every path in the daemon; how many blocks, those that paths share counted for each. Raises TierError: none is then."""
     below = next(below for below in store.below if below.name == "daemon")
     tier = cast("DaemonTier", below.tier)
     paths = (plan.path_keys(number, store.root) for number in range(len(plan.paths)))
     ends = {path[-1]: path for path in paths if path}
     inner = {key for path in ends.values() for key in path[:-1]}
-    for end, path in ends.items():
-        if end not in inner:  # whoever goes on from there keeps it
-            tier.pin(path, ttl_s=ttl_s)
-    return plan.num_blocks
+    made: list[tuple[str, int]] = []
+    try:
+        for end, path in ends.items():
+            if end not in inner:  # whoever goes on from there keeps it
+                made.append(tier.pin(path, ttl_s=ttl_s))
+    except TierError as error:
+        for name, _ in made:
+            tier.unpin(name)
+        raise TierError(f"all is warm, and nothing is pinned: {error}") from None
+    return sum(count for _, count in made)
 
 
 def _print(totals: dict[str, Any], rows: list[dict[str, Any]], skipped: "Sequence[Skipped]") -> None:  # Any: JSON
     ended = "interrupted: the same command goes on from here" if totals["interrupted"] else "done"
+    if not totals["blocks"]:
+        ended = "nothing to keep: no prompt is as long as a block"
     print_rows(
         [
             ("documents", f"{totals['documents']:,} ({len(skipped):,} skipped), {totals['tokens']:,} tokens"),

@@ -39,6 +39,7 @@ from tierkv.values import (
     Text,
     choice,
     hide_password,
+    hide_secrets,
     integer,
     optional,
     show_size,
@@ -170,7 +171,7 @@ class PackConfig(_Section):
 
     paths: Annotated[tuple[Path | str, ...] | None, optional(PACKS), "packs to read from; off: none"] = None
     signers: Annotated[
-        tuple[str, ...] | None,
+        tuple[Path | str, ...] | None,
         optional(SIGNERS),
         "keys of which one must have signed each pack; off: a pack need not be signed",
     ] = None
@@ -369,9 +370,9 @@ class Loaded:
         if key in ("capacity", "max_bytes") and value is not None:
             return show_size(value)
         if isinstance(value, tuple):
-            return hide_password(", ".join(map(str, value)))
+            return hide_secrets(", ".join(map(str, value)))
         if isinstance(value, str | Path):
-            return hide_password(str(value)) if key in ("url", "endpoint") else str(value)
+            return hide_secrets(str(value)) if key in ("url", "endpoint") else str(value)
         return cast(int | float | None, value)
 
 
@@ -496,10 +497,14 @@ def _tiers(file: Path, sections: dict[str, Any]) -> Iterator[tuple[str, str, obj
     if not isinstance(listed, list) or not all(isinstance(tier, dict) for tier in listed):
         raise ConfigError(f'{file}: {TIERS} is no list of tables: write [[{TIERS}]] and kind = "pack" below it')
     packs: list[object] = []
+    given_at = {f"{name}.{key}": f"[{name}]" for name, of in sections.items() if isinstance(of, dict) for key in of}
     for number, tier in enumerate(listed, 1):
         place, kind = f"{file}: [[{TIERS}]] {number}", tier.pop("kind", None)
         if kind not in TIER_KINDS:
-            raise ConfigError(f"{place}: kind = {json.dumps(kind)}: expected one of {', '.join(TIER_KINDS)}")
+            shown = json.dumps(kind, default=str)
+            raise ConfigError(f"{place}: kind = {shown}: expected one of {', '.join(TIER_KINDS)}")
+        if kind == "pack" and "path" not in tier:
+            raise ConfigError(f'{place}: a pack without a path: add path = "handbook.zip"')
         for key, given in tier.items():
             name = f"{kind}.{key}"
             if name == "pack.path":
@@ -507,13 +512,15 @@ def _tiers(file: Path, sections: dict[str, Any]) -> Iterator[tuple[str, str, obj
                 continue
             if name not in OPTIONS:
                 raise ConfigError(f"{place}: there is no option {name}{_near(name)}")
-            if key in sections.get(kind, {}):
-                raise ConfigError(f"{place}: {name} is given twice, here and under [{kind}]: keep one")
+            if name in given_at:
+                raise ConfigError(f"{place}: {name} is given twice, here and at {given_at[name]}: keep one")
+            given_at[name] = f"[[{TIERS}]] {number}"
             yield place, name, given
-        if kind == "pack" and not packs:
-            raise ConfigError(f'{place}: a pack without a path: add path = "handbook.zip"')
     if packs:
-        own = sections.get("pack", {}).pop("paths", [])
+        section = sections.get("pack")
+        own = section.pop("paths", []) if isinstance(section, dict) else []
+        if isinstance(own, str):
+            own = [] if own.lower() in ("off", "none") else own.split(",")
         yield f"{file}: [[{TIERS}]]", "pack.paths", [*(own if isinstance(own, list) else [own]), *packs]
 
 

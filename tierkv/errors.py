@@ -76,3 +76,7 @@ class InputError(TierKVError):
 
 class PackError(TierKVError):
     """A pack that cannot be read, written, shipped or trusted: which one, what is wrong with it, what to do."""
+
+
+class PackAway(PackError):
+    """A pack whose server does not answer: it may some other time, and nobody waits for it."""

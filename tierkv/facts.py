@@ -34,7 +34,7 @@ def differing(theirs: ModelFacts, ours: ModelFacts) -> list[str]:
     for prefix, one, other in (("rope ", theirs.rope, ours.rope), ("", theirs.config, ours.config)):
         for name in sorted(one.keys() | other.keys()):
             if one.get(name) != other.get(name) and not any(line.startswith(f"rope {name} ") for line in found):
-                found.append(f"{prefix}{name} {_shown(one.get(name))}, here {_shown(other.get(name))}")
+                found.append(f"{prefix}{_shown(name)} {_shown(one.get(name))}, here {_shown(other.get(name))}")
     if theirs.identity != ours.identity and not found:
         found.append(f"weights (model identity {theirs.identity}, here {ours.identity})")
     for name in ("tokenizer", "chat_template"):
@@ -46,4 +46,6 @@ def differing(theirs: ModelFacts, ours: ModelFacts) -> list[str]:
 
 
 def _shown(value: object) -> str:
-    return "not set" if value is None else str(value)
+    """A value for a terminal: it may be a stranger's."""
+    text = "not set" if value is None else str(value)[:80]
+    return text if text.isprintable() else "".join(each if each.isprintable() else "?" for each in text)

@@ -176,6 +176,12 @@ def _pack_place(given: object) -> Path | str:
     return _path(given)
 
 
+def _signer(given: object) -> Path | str:
+    if isinstance(given, str) and re.fullmatch(r"[0-9a-fA-F]{64}", given.strip()):
+        return given.strip().lower()
+    return _path(given)
+
+
 def _rank(given: object) -> str:
     text = _named(given)
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
@@ -206,6 +212,11 @@ def hide_password(text: str) -> str:
     return re.sub(r"([?&](?:ssl_)?password=)[^&\s\"]*", r"\1***", text)
 
 
+def hide_secrets(text: str) -> str:
+    """URLs as a person may see them: neither passwords nor what a signed URL has after its ?."""
+    return re.sub(r"(://[^\s,?]*)\?[^\s,]*", r"\1?***", hide_password(text))
+
+
 def choice(*names: str) -> Kind:
     """One of `names`."""
 
@@ -234,7 +245,7 @@ PACKS: Final = Kind(
     _several(_pack_place),
 )
 SIGNERS: Final = Kind(
-    "public keys of 64 hex digits, or files of keys; several as a list, or with commas", _several(_named)
+    "public keys of 64 hex digits, or files of keys; several as a list, or with commas", _several(_signer)
 )
 RANK: Final = Kind("rank/size, such as 0/2 for the first of two tensor-parallel ranks", _rank)
 MODE: Final = Kind('permissions in octal, such as "0600"', _mode)

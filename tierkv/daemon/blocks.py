@@ -178,11 +178,15 @@ class Blocks:
             payload = [memoryview(b"".join(keys[:MAX_KEYS]))]
             return link.call(Op.AWAIT, fields, payload, timeout_s=deadline_s + GRACE_S).number("found", most=len(keys))
 
-    def pin(self, keys: Sequence[Key], *, ttl_s: float) -> str:
-        """Keep the leading ones of these blocks in the daemon's memory for a time; the name of the pin."""
+    def pin(self, keys: Sequence[Key], *, ttl_s: float) -> tuple[str, int]:
+        """Keep the leading ones of these blocks in the daemon's memory for a time; the name of the pin, and how many.
+
+        A pin that ends with the same block is replaced.
+        """
         with self._link(ATTACH_S) as (link, attached):
             fields = {"pool": attached.pool, "prefix": "", "ttl_s": ttl_s}
-            return link.call(Op.PIN, fields, [memoryview(b"".join(keys))], timeout_s=60.0).text("pin")
+            reply = link.call(Op.PIN, fields, [memoryview(b"".join(keys))], timeout_s=60.0)
+            return reply.text("pin"), reply.number("blocks", most=len(keys))
 
     def delete(self, keys: Sequence[Key], *, timeout_s: float = 30.0) -> None:
         """Let every tier of the daemon forget these blocks, for everyone."""

@@ -6,6 +6,7 @@ from typing import Final
 
 from tierkv.building import each_pack, shard_of
 from tierkv.config import Config
+from tierkv.errors import PackError
 from tierkv.keys import Key, Namespace
 from tierkv.layout import Layout
 from tierkv.tiers.pack import PackTier, Shard
@@ -36,6 +37,14 @@ class Mounts:
         self._known: dict[Key, Namespace] = {}
         self._readers: set[Key] = set()
 
+    def open_first(self, config: Config) -> PackTier | None:
+        """As `open`; packs that were sound when the daemon started and are not now are told of, and done without."""
+        try:
+            return self.open(config)
+        except PackError as error:
+            log.warning("no pack is mounted until the next reload (SIGHUP): %s", error)
+            return None
+
     def open(self, config: Config) -> PackTier | None:
         """The packs of a configuration, under every name that is known here. Off the loop. Raises ConfigError or PackError."""
         tier = self._opens(config)
@@ -62,7 +71,8 @@ class Mounts:
 
     def introduce_reader(self, root: Key, namespace: Namespace) -> None:
         """The same for one who may only read: its root must be what it says, which no secret hides. From any thread."""
-        if root in self._known or namespace.root() != root:
+        fits = self.tier and any(self.tier.mismatch(pack, namespace) is None for pack in self.tier.packs)
+        if root in self._known or namespace.root() != root or not fits:
             return
         if len(self._readers) >= MAX_READERS:
             log.warning("packs answer %d namespaces of clients that may only read, and no more", MAX_READERS)

@@ -141,7 +141,7 @@ class Pool:
         if redis:
             place = hide_password(config.redis.url or "")
             self.below.append(below_of(config, self.metrics, self.clock, redis, place=place, number=None))
-        self.mount(self.mounts.open(config))
+        self.mount(self.mounts.open_first(config))
 
     @property
     def packs(self) -> "PackTier | None":

@@ -23,6 +23,7 @@ from tierkv.daemon.sockets import is_loopback, listen, server_context, tune
 from tierkv.daemon.stream import Stream
 from tierkv.errors import ConfigError, TierKVError
 from tierkv.metrics import Metrics
+from tierkv.values import hide_secrets
 
 SWITCH_S: Final = 0.0005
 """How long a thread may keep the interpreter: movers must not hold up the loop for 5 ms at a time."""
@@ -149,9 +150,9 @@ class Server:
         if config.disk.path:
             parts.append(f"disk {config.disk.path} up to {config.disk.capacity / 2**30:.2f} GiB")
         if config.redis.url:
-            from tierkv.values import hide_password
-
-            parts.append(f"redis {hide_password(config.redis.url)}")
+            parts.append(f"redis {hide_secrets(config.redis.url)}")
+        if config.pack.paths:
+            parts.append(f"packs {hide_secrets(', '.join(map(str, config.pack.paths)))}")
         layouts = config.server.layouts
         self._told(f"owns: {', '.join(parts)}; for {layouts} block layout{'s' if layouts > 1 else ''}")
         for url in service.listening:

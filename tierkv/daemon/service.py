@@ -372,7 +372,11 @@ class Service:
         if not 0 < ttl_s < float("inf"):
             raise PinError(f"pin for {ttl_s} s: give a number of seconds above 0")
         limit = int(self.config.transfer.pin_share * pool.slab.num_places)
-        held = sum(pin.lent.num_blocks for pin in self.pins.values() if pin.pool is pool)
+        before = next(
+            (name for name, pin in self.pins.items() if pin.pool is pool and pin.key == keys[-KEY_BYTES:]), None
+        )
+        others = (pin for name, pin in self.pins.items() if pin.pool is pool and name != before)
+        held = sum(pin.lent.num_blocks for pin in others)
         if held + len(keys) // KEY_BYTES > limit:
             raise PinError(
                 f"pin of {len(keys) // KEY_BYTES} blocks: pins may keep {limit} blocks of this pool and keep {held} already; "
@@ -387,6 +391,8 @@ class Service:
         if not lent.num_blocks:
             pool.give_back(lent)
             raise PinError("pin of nothing: none of these blocks is held here; warm them first")
+        if before is not None:  # the same again: it lasts from now on
+            self.unpin(before)
         name, self._next_pin = f"pin-{self._next_pin}", self._next_pin + 1
         last = int(np.flatnonzero(lent.table["state"] == State.HERE)[-1])
         key = Key(keys[last * KEY_BYTES : (last + 1) * KEY_BYTES])

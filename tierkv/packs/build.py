@@ -1,8 +1,8 @@
 """Builds a pack: computes its blocks as `warm` does, into a store of its own beside the result, and writes them in order.
 
-One prompt at a time, in chunks at fixed places: so a block's bytes depend on its prompt, the model and the machine, and on
-nothing else, and two builds are the same bytes. What was computed stays beside the result until that is written: a build that
-was interrupted, even killed, goes on from there.
+One prompt at a time, in chunks at fixed places: so a block's bytes depend on the prompts of the pack (where each parts from its
+neighbour begins a chunk), the model and the machine, but not on time: two builds are the same bytes. What was computed stays
+beside the result until that is written: a build that was interrupted, even killed, goes on from there.
 """
 
 import hashlib
@@ -20,15 +20,17 @@ from tierkv.errors import PackError
 from tierkv.keys import Namespace
 from tierkv.packs.write import Model, Source, Writer, held_place, rows_of, write
 from tierkv.tiers.disk_array import folder_bytes_for
+from tierkv.warm.items import printable
 from tierkv.warm.plan import Plan, make_plan
 from tierkv.warm.rendering import Document
-from tierkv.warm.run import CHUNK_TOKENS, Warmed, Warmer
+from tierkv.warm.run import Warmed, Warmer, chunk_tokens
 
 READ_BLOCKS: Final = 64
 
 
 def build_config(config: Config) -> Config:
     """The configuration that a pack is computed with: no tenant, no tiers but one of its own, one prompt at a time."""
+    chunk = chunk_tokens(config.store.block_tokens)
     return replace(
         config,
         store=replace(config.store, tenant="", secret_file=None),
@@ -39,9 +41,9 @@ def build_config(config: Config) -> Config:
         record=RecordConfig(),
         engine=replace(
             config.engine,
-            chunk_tokens=CHUNK_TOKENS,
+            chunk_tokens=chunk,
             max_sequences=1,
-            max_batch_tokens=max(CHUNK_TOKENS, config.engine.max_batch_tokens),
+            max_batch_tokens=max(chunk, config.engine.max_batch_tokens),
         ),
     )
 
@@ -50,7 +52,7 @@ def model_of(loaded: LoadedModel) -> Model:
     """What is known of a loaded model."""
     named = identity(loaded.weights)
     return Model(
-        name=Path(loaded.name).name,
+        name=printable(Path(loaded.name).name),
         weights_sha256=weights_digest(loaded.weights),
         facts=facts_of(loaded.weights, loaded.tokenizer, identity=named),
         layout=layout_of(loaded.weights, block_tokens=loaded.config.block_tokens),
@@ -127,7 +129,7 @@ def build(
                 rows,
                 sources_of(documents, block_tokens=plan.block_tokens),
                 read,
-                built={"chunk_tokens": CHUNK_TOKENS, "device": loaded.config.device.partition(":")[0]},
+                built={"chunk_tokens": loaded.config.chunk_tokens, "device": loaded.config.device.partition(":")[0]},
             )
             write(out, writer)
         shutil.rmtree(work, ignore_errors=True)

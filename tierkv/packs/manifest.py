@@ -228,8 +228,8 @@ class _Reader:
 
     def text(self, given: Mapping[str, Any], name: str, *, field: str = "") -> str:
         value = given.get(name)
-        if not isinstance(value, str) or len(value) > 4096:
-            raise self.wrong(f"{field}{name}", "text")
+        if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():  # it is shown on terminals
+            raise self.wrong(f"{field}{name}", "text that can be printed")
         return value
 
     def number(self, given: Mapping[str, Any], name: str, *, most: int, least: int = 0, field: str = "") -> int:

@@ -16,7 +16,7 @@ from tierkv.assembly import LoadedModel
 from tierkv.engine import Engine, PrivatePages, SamplingParams
 from tierkv.layout import TOKEN_BYTES
 from tierkv.packs.pack import Pack
-from tierkv.warm.run import CHUNK_TOKENS, tokens_of
+from tierkv.warm.run import tokens_of
 
 TOLERANCE: Final = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 """Chunks of another size move a block by 5e-7 in float32 and 9e-3 in bfloat16 (SmolLM2, 2-core AMD EPYC VM, 2026-11-30)."""
@@ -57,7 +57,7 @@ def recompute(
 ) -> Recomputed:
     """Compute the paths of some random rows anew, and compare some random blocks of each. progress: told of blocks.
 
-    The pack must be of this model. Blocks that the pack cannot give count as beyond every tolerance.
+    loaded: with `build_config`, of the pack's model and layout. Blocks that the pack cannot give count as beyond every tolerance.
     """
     random = Random(seed)
     ends = random.sample(range(pack.num_blocks), min(SAMPLE_PATHS, pack.num_blocks))
@@ -85,8 +85,7 @@ def _compute(loaded: LoadedModel, pack: Pack, path: Sequence[int]) -> list[Any]:
         made.append(_Kept(layout, device, num_pages=len(path) + 2))
         return made[0]
 
-    config = replace(loaded.config, chunk_tokens=CHUNK_TOKENS, max_sequences=1, num_pages=None, pool_bytes=None)
-    config = replace(config, max_batch_tokens=max(CHUNK_TOKENS, config.max_batch_tokens))
+    config = replace(loaded.config, num_pages=None, pool_bytes=None)
     with Engine(loaded.weights, None, config, connector=connect) as engine:
         engine.generate([tokens_of(tokens)], SamplingParams(max_tokens=1, ignore_eos=True))
     assert len(made[0].blocks) == len(tokens) // TOKEN_BYTES // pack.layout.block_tokens, "every whole block is offered"

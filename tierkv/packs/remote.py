@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import SplitResult, urlsplit
 
-from tierkv.errors import PackError
+from tierkv.errors import PackAway, PackError
 from tierkv.packs.archive import MAX_MEMBERS, is_plain
 from tierkv.packs.files import PackFiles, RemoteOptions, ZipFiles, check_name, past_end
 from tierkv.values import hide_password
@@ -42,7 +42,7 @@ class Found:
 
 def is_archive(place: str) -> bool:
     """Whether a place is one zip file by its name: a server is not asked for it."""
-    return (place.partition("?")[0] if "://" in place else place).endswith(".zip")
+    return (place.partition("?")[0] if "://" in place else place).lower().endswith(".zip")
 
 
 def show_place(url: str) -> str:
@@ -252,15 +252,18 @@ def _asking(place: str) -> Iterator[None]:
     except (PermissionDeniedError, UnauthenticatedError) as error:
         raise PackError(
             f"{place} was refused ({_brief(error)}): check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), "
-            "or ask without any (anonymous)"
+            "or AWS_SKIP_SIGNATURE=true"
         ) from None
     except (BaseError, OSError, ValueError) as error:
         said = _brief(error)
         if (
             "169.254.169.254" in said or "Missing AccessKeyId" in said
         ):  # the last place where credentials are looked for
-            said = "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ask without any (anonymous)"
-        raise PackError(f"{place}: {said}") from None
+            said = "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true"
+        away = (
+            "onnect" in said or "imed out" in said or "imeout" in said or " 50" in said
+        )  # the server, not what it has
+        raise (PackAway if away else PackError)(f"{place}: {said}") from None
 
 
 def _brief(error: Exception) -> str:

@@ -27,21 +27,43 @@ def message(raw: Mapping[str, Any]) -> bytes:  # Any: JSON
 
 
 def make_key(path: Path) -> str:
-    """Write a new private key, readable for its owner alone; returns the public key in hex. Raises PackError."""
+    """Write a new private key, readable for its owner alone, and its public key beside it (.pub, hex); returns that.
+
+    Raises PackError.
+    """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
     key = Ed25519PrivateKey.generate()
-    data = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    public = _hex(key.public_key())
+    _write_new(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), mode=0o600)
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        _write_new(public_file(path), f"{public}\n".encode(), mode=0o644)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return public
+
+
+def public_file(path: Path) -> Path:
+    """Where the public key of a private key's file is."""
+    return path.with_name(f"{path.stem}.pub")
+
+
+def _write_new(path: Path, data: bytes, *, mode: int) -> None:
+    """A file that was not there, whole or not at all."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     except FileExistsError:
         raise PackError(f"{path}: exists already; a key is never written over: give another name") from None
     except OSError as error:
         raise PackError(f"{path}: {error.strerror}; give a place that can be written to") from None
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-    return _hex(key.public_key())
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise PackError(f"{path}: {error.strerror}; give a place with room") from None
 
 
 def read_private(path: Path) -> "Ed25519PrivateKey":

@@ -30,6 +30,8 @@ class Staging:
     """The folder of one pull. Raises PackError when another pull has it, in this process or another."""
 
     def __init__(self, destination: Path) -> None:
+        if not destination.name:
+            raise PackError(f"{destination}: no name for a pack: give a folder of its own, or a .zip file")
         self.destination = destination
         self.folder = destination.with_name(f".{destination.name}.partial")
         self._fd = self._locked()

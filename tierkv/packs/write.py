@@ -253,7 +253,7 @@ class Writer:
 def write(out: Path, writer: Writer) -> None:
     """Write a pack: a zip file where the name ends with .zip, else a folder. Raises PackError."""
     with _told(out):
-        if out.suffix == ZIP_SUFFIX:
+        if out.suffix.lower() == ZIP_SUFFIX:
             write_zip(out, writer.members())
             return
         staging = out.with_name(f".{out.name}.writing")
@@ -282,7 +282,7 @@ def sign_in_place(place: Path, raw: Mapping[str, Any], signatures: Sequence[Sign
     read_root(root, place=str(place))  # such as too many signatures: what would be refused later is not written
     with _told(place):
         if place.is_dir():
-            with _kept(place / ROOT) as file:
+            with kept(place / ROOT) as file:
                 file.write(root)
             return
         from tierkv.packs.files import ZipFiles, open_files
@@ -290,16 +290,17 @@ def sign_in_place(place: Path, raw: Mapping[str, Any], signatures: Sequence[Sign
         with open_files(place) as files:
             assert isinstance(files, ZipFiles), "a pack that is no folder is a zip file"
             sizes = files.sizes()
-            with _kept(place) as file:
+            with kept(place) as file:
                 write_zip(file, ((name, *_copied(files, name, sizes[name], root)) for name in in_order(sizes)))
 
 
 @contextlib.contextmanager
-def _kept(path: Path) -> Iterator[BinaryIO]:
+def kept(path: Path) -> Iterator[BinaryIO]:
     """New content for a file whose permissions stay: what others might not read they may not read now. Links lead to it."""
     path = path.resolve()
     with replace(path) as file:
-        os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+        if path.exists():
+            os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
         yield file
 
 

@@ -128,6 +128,9 @@ class Tier(ABC):
     def delete(self, keys: Sequence[Key]) -> None:
         """Forget the keys; absent ones are fine."""
 
+    def renew(self, keys: Sequence[Key]) -> None:  # noqa: B027 -- most tiers keep what they have
+        """What the tier forgets after a time begins that time anew; nothing where it does not."""
+
     @abstractmethod
     def scan(self) -> Iterator[Run]:
         """What survived the last stop, parents before children where known; shared tiers may yield nothing."""

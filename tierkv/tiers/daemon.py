@@ -69,9 +69,13 @@ class DaemonTier(Tier):
         """What the daemon tells of itself. Raises TierError while it is away."""
         return self._asked(self._client.stats)
 
-    def pin(self, keys: Sequence[Key], *, ttl_s: float) -> str:
-        """Keep the leading ones of these blocks in the daemon's memory for a time; the name of the pin. Raises TierError."""
+    def pin(self, keys: Sequence[Key], *, ttl_s: float) -> tuple[str, int]:
+        """Keep the leading ones of these blocks in the daemon's memory for a time; see `Blocks.pin`. Raises TierError."""
         return self._asked(lambda: self.blocks.pin(keys, ttl_s=ttl_s))
+
+    def unpin(self, name: str) -> None:
+        """End a pin before its time. Raises TierError."""
+        self._asked(lambda: self._client.unpin(name))
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         """One round trip. Raises TierError while the daemon is away."""

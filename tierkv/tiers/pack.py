@@ -90,6 +90,7 @@ class PackTier(Tier):
         self._known: set[Key] = set()  # roots
         self._bad: set[tuple[int, int]] = set()
         self._failures = [0] * len(self.packs)  # in a row
+        self._failing: set[int] = set()  # told of
         self._until = [-inf] * len(self.packs)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -251,6 +252,9 @@ class PackTier(Tier):
 
     def _note_failure(self, number: int, answers: Sequence[Wrong | None]) -> None:
         failed = [one.why for one in answers if one and not (one.broken or one.late)]
+        if failed and number not in self._failing:
+            log.warning("pack %s: %s", self.packs[number].place, failed[0])
+        (self._failing.add if failed else self._failing.discard)(number)
         if len(failed) < len(answers):
             if None in answers:
                 self._failures[number] = 0

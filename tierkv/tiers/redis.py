@@ -21,7 +21,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import ClassVar, Final
 
-from tierkv.errors import LayoutError
+from tierkv.errors import LayoutError, TierError
 from tierkv.keys import Key, Namespace
 from tierkv.layout import Layout
 from tierkv.metrics import Counter, Metrics
@@ -78,7 +78,7 @@ class RedisTier(Tier):
     ) -> None:
         address = parse_url(url)
         self._layout, self._metrics, self._executor = layout, metrics, executor
-        self._prefix, self._described = prefix, False
+        self._prefix, self._described, self._ttl_s = prefix, False, ttl_s
         self._namespaces: dict[Key, Namespace] = {}
         self._deadline_s, self._connect_s = deadline_s, address.connect_s
         self._idle, self._busy, self._closed = threading.Condition(), 0, False
@@ -118,6 +118,16 @@ class RedisTier(Tier):
         )
         self._count(outcomes, self._metrics.misses, silent=Miss.ABSENT)
         return [outcome is State.DONE for outcome in outcomes]
+
+    def renew(self, keys: Sequence[Key]) -> None:
+        """Let `ttl_s` begin anew for what is there; a round trip each."""
+        if self._ttl_s is None:
+            return
+        try:
+            for name in self._objects.names(keys):
+                self._servers.send("PEXPIRE", name, str(int(self._ttl_s * 1000)))
+        except FAILURES as error:
+            raise TierError(f"redis: {error}") from error
 
     def read(self, keys: Sequence[Key], outs: Sequence[memoryview], *, deadline_s: float | None = None) -> list[bool]:
         """Receive into `outs` directly, unless a codec has to unpack. Raises LayoutError for one of another size."""

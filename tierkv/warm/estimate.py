@@ -95,10 +95,10 @@ def _daemon(config: Config, layout: Layout, namespace: Namespace, root: Key, ope
     tier = open_daemon(config, Metrics(), time.monotonic, namespace, root, device_bytes=0)
     assert tier is not None, "asked for only where it is set"
     opened.callback(tier.close)
-    return tier.url, tier.contains, _daemon_room(tier.stats(), layout)
+    return tier.url, tier.contains, daemon_room(tier.stats(), layout)
 
 
-def _daemon_room(stats: dict[str, Any], layout: Layout) -> int | None:  # Any: JSON of the daemon
+def daemon_room(stats: dict[str, Any], layout: Layout) -> int | None:  # Any: JSON of the daemon
     """Blocks of the largest tier of a daemon."""
     try:
         return max(int(row["capacity_bytes"] or 0) for row in stats["tiers"]) // layout.block_bytes or None

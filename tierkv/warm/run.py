@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from tierkv.errors import TierError
 from tierkv.keys import Key
 from tierkv.tiers.base import Miss
+from tierkv.transfers import reason
 from tierkv.warm.plan import Plan
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 CHUNK_TOKENS: Final = 256
 """A multiple of every usual block; as fast as chunks of 512 on a CPU (2-core AMD EPYC VM, 2026-11-30)."""
-ASKED_AT_ONCE: Final = 8192
+ASKED_AT_ONCE: Final = 512
+"""Keys: as many as a Redis tier answers exactly (`RedisTier.contains`)."""
 ROUNDS: Final = 3
 """How often pieces are computed whose blocks did not come to rest: a queue was full, a tier away for a while."""
 STEPS_AHEAD: Final = 3
@@ -66,11 +68,16 @@ class Presence:
             for at in range(0, len(self._wanted), ASKED_AT_ONCE):
                 keys = self._wanted[at : at + ASKED_AT_ONCE]
                 call = partial(below.tier.contains, keys)
-                there = below.attempt(call, count=len(keys), failures=self._store.metrics.misses)
-                if there is None:
+                with self._store.metrics.misses.tally() as counted:
+                    there = below.attempt(call, count=len(keys), failures=self._store.metrics.misses)
+                if there is None or reason(counted) not in (None, Miss.ABSENT):
                     raise TierError(f"{below.name} ({below.place}) does not answer: see that it runs, and start again")
                 held.update(key for key, is_there in zip(keys, there, strict=True) if is_there)
             self.held[below.name] = held
+
+    def keys_of(self, numbers: Sequence[int]) -> list[Key]:
+        """Keys of the blocks of some pieces."""
+        return [key for number in numbers for key in self._keys[number]]
 
     def lacks(self, number: int) -> bool:
         """Whether some tier lacks a block of a piece."""
@@ -121,11 +128,7 @@ class Warmer:
         done.held_tokens = sum(self._plan.pieces[number].num_tokens for number in set(pieces) - set(lacking))
         done.held_tokens += sum(self._reusable(number) - self._plan.pieces[number].start for number in lacking)
         self._skipped(done.held_tokens)
-        for number in set(pieces) - set(lacking):  # used now: not what is forgotten first for the rest
-            with self._store.index.acquire(
-                self._store.root, self._plan.path(self._plan.pieces[number]), now_s=time.monotonic()
-            ):
-                pass
+        self._use(sorted(set(pieces) - set(lacking)))
         before, began = self._engine.stats.tokens, self._clock()
         try:
             for attempt in range(ROUNDS):
@@ -145,6 +148,16 @@ class Warmer:
         done.seconds = self._clock() - began
         done.kept = {name: len(held) for name, held in self._presence.held.items()}
         return done
+
+    def _use(self, held: Sequence[int]) -> None:
+        """Pieces that are there are used now: they are not what is forgotten first for the rest, and what expires begins anew."""
+        for number in held:
+            path = self._plan.path(self._plan.pieces[number])
+            with self._store.index.acquire(self._store.root, path, now_s=time.monotonic()):
+                pass
+        keys = self._presence.keys_of(held)
+        for below in self._into:
+            below.attempt(partial(below.tier.renew, keys), count=len(keys), failures=self._store.metrics.misses)
 
     def _compute(self, lacking: Sequence[int], *, again: bool) -> None:
         """Run pieces, each once the one that it waits for has run. again: whatever is known of them may be reused."""
@@ -173,8 +186,7 @@ class Warmer:
                     ahead += piece.num_tokens
                 before = self._engine.stats.tokens
                 outputs = self._engine.step()
-                if not again:
-                    self._progress(self._engine.stats.tokens - before)
+                self._progress(0 if again else self._engine.stats.tokens - before)
                 for output in outputs:
                     if output.stats is not None:
                         for follower in waiting.pop(running.pop(output.request), ()):
@@ -214,6 +226,11 @@ class Warmer:
         """Wait until what was computed is at rest."""
         while not self._store.flush(_PAUSE_S):
             pass
+
+
+def chunk_tokens(block_tokens: int) -> int:
+    """Tokens of a chunk, for blocks of this size: a multiple of it."""
+    return max(CHUNK_TOKENS, block_tokens)  # both are powers of two
 
 
 def tokens_of(path: bytes) -> memoryview:
