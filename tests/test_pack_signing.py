@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,3 +257,15 @@ def test_a_new_key_is_its_owners_alone_and_writes_over_nothing(tmp_path: Path) -
         make_keys(tmp_path / "absent")
     assert path.read_bytes() == before
     assert hashlib.sha256(before).digest() and TINY.block_bytes == 64
+
+
+def test_without_the_package_for_it_signatures_are_left_alone_or_demanded_in_vain(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, public = make_keys(tmp_path)
+    signed(place, key)
+    monkeypatch.setitem(sys.modules, "cryptography.exceptions", None)
+    with open_pack(place) as pack:
+        assert pack.signers == ()
+    with pytest.raises(PackError, match=r"pip install 'tierkv\[sign\]'"):
+        open_pack(place, trusted=[public])

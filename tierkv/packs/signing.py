@@ -4,6 +4,7 @@ Keys are files as openssl makes them (`openssl genpkey -algorithm ed25519`), or 
 digits. RFC 8032; the `cryptography` package does the arithmetic.
 """
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _CONTEXT: Final = b"tierkv-pack-1\0"
 """Before what is signed: such a signature says nothing about any other kind of document."""
 _MAX_KEY_FILE: Final = 16 << 10
+log = logging.getLogger("tierkv")
 
 
 def message(raw: Mapping[str, Any]) -> bytes:  # Any: JSON
@@ -86,16 +88,16 @@ def read_public(given: str | Path) -> str:
 
     Raises PackError.
     """
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
     if re.fullmatch(r"[0-9a-fA-F]{64}", str(given)):
         return str(given).lower()
     path = Path(given)
     data = _read(path)
     if re.fullmatch(rb"\s*[0-9a-fA-F]{64}\s*", data):
         return data.decode().strip().lower()
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
     if b"PRIVATE KEY" in data:
         return _hex(read_private(path).public_key())
     try:
@@ -119,8 +121,16 @@ def check(manifest: Manifest, *, trusted: Sequence[str] | None, place: str) -> l
     """
     if not manifest.signatures and trusted is None:
         return []
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    try:
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    except ModuleNotFoundError:
+        if trusted is not None:
+            raise PackError(
+                f"{place}: signatures are checked by a package that is not here: pip install 'tierkv[sign]'"
+            ) from None
+        log.info("%s: its signatures are not checked: pip install 'tierkv[sign]'", place)
+        return []
 
     data = message(manifest.raw)
     for one in manifest.signatures:
