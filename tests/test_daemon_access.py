@@ -122,7 +122,7 @@ def test_each_role_does_what_it_may_and_no_more(tmp_path: Path, token_file: Path
             for call in (blocks.client.flush, blocks.client.drain, blocks.client.verify, blocks.client.forget):
                 with pytest.raises(RefusedError, match="needs the role admin"):
                     call()
-            assert blocks.client.unpin(blocks.pin(run.keys, ttl_s=60.0)) == 1
+            assert blocks.client.unpin(blocks.pin(run.keys, ttl_s=60.0)[0]) == 1
         reader = DaemonTier(daemon.client(url, token=READ), namespace=NAMESPACE, root=ROOT, metrics=Metrics())
         assert read_blocks(reader, run.keys) == [block_of(key) for key in run.keys]
         assert reader.seek(run) == 3 and reader.blocks.client.stats()["clients"]

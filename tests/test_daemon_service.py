@@ -63,7 +63,7 @@ def test_a_pinned_prefix_survives_what_would_push_it_out(tmp_path: Path) -> None
     daemon = RunningDaemon(replace(config, host=HostConfig(capacity="512KiB", policy="lru")))
     with daemon.blocks() as blocks:
         kept = written(blocks, 20, seed=1)
-        assert blocks.pin(kept.keys, ttl_s=100.0)
+        assert blocks.pin(kept.keys, ttl_s=100.0)[1] == len(kept.keys)
         for seed in range(2, 20):
             run = make_run(20, seed=seed)
             blocks.write(run, blocks_of(run))
